@@ -1,0 +1,91 @@
+"""What a neural network needs, at three grains, and a smaller network under a budget.
+
+The public names of prunewise, and nothing else. They are imported on first use, so that `import prunewise`
+costs no import of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prunewise.channels.budget import Budget
+    from prunewise.channels.oneshot import plan_channels
+    from prunewise.channels.session import GateSession, attach_gates
+    from prunewise.core.cost import Cost, measure
+    from prunewise.core.errors import (
+        AlreadyGatedError,
+        BudgetError,
+        CheckpointError,
+        NonFiniteError,
+        NoPrunableGroupError,
+        PlanError,
+        PrunewiseError,
+        SharedParameterError,
+        TraceError,
+        VerificationError,
+    )
+    from prunewise.core.groups import ChannelGroup, channel_groups
+    from prunewise.core.plan import ChannelPlan
+    from prunewise.core.surgery import apply_plan, migrate_optimizer
+    from prunewise.io import load_pruned, save_pruned
+    from prunewise.recipes import compress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyGatedError",
+    "Budget",
+    "BudgetError",
+    "ChannelGroup",
+    "ChannelPlan",
+    "CheckpointError",
+    "Cost",
+    "GateSession",
+    "NoPrunableGroupError",
+    "NonFiniteError",
+    "PlanError",
+    "PrunewiseError",
+    "SharedParameterError",
+    "TraceError",
+    "VerificationError",
+    "__version__",
+    "apply_plan",
+    "attach_gates",
+    "channel_groups",
+    "compress",
+    "load_pruned",
+    "measure",
+    "migrate_optimizer",
+    "plan_channels",
+    "save_pruned",
+]
+
+# Which module holds which of these names; what is not listed here is an error class.
+_HOMES = {
+    "channels.budget": ("Budget",),
+    "channels.oneshot": ("plan_channels",),
+    "channels.session": ("GateSession", "attach_gates"),
+    "core.cost": ("Cost", "measure"),
+    "core.groups": ("ChannelGroup", "channel_groups"),
+    "core.plan": ("ChannelPlan",),
+    "core.surgery": ("apply_plan", "migrate_optimizer"),
+    "io": ("load_pruned", "save_pruned"),
+    "recipes": ("compress",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'prunewise' has no attribute {name!r}")
+        import importlib
+
+        value = getattr(importlib.import_module(f"prunewise.{_HOME.get(name, 'core.errors')}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

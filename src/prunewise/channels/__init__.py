@@ -1,0 +1,1 @@
+"""Which channels must stay, under a budget."""

@@ -1,0 +1,87 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """What the user typed cannot be used; the message names it and the remedy. Exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the known word nearest to `word`, or all known words.
+
+    >>> nearest("epohcs", ["macs", "epochs"])
+    "did you mean 'epochs'?"
+    >>> nearest("zzz", ["macs", "epochs"])
+    'known: epochs, macs'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="TOML file with the long options as keys, `_` for `-`; the command line wins",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that take a model."""
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        required=True,
+        help="a callable without arguments that returns the torch.nn.Module, weights loaded",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="MODULE:FACTORY",
+        help="a callable without arguments that returns a data loader, or a pair: training, validation",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        action="append",
+        help="example input, as 1,3,224,224 or 1,128:int64; once for each positional input (default: from --data)",
+    )
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which channels may be removed; `choice` reads them."""
+    groups = "channel groups by name or pattern; repeatable"
+    parser.add_argument("--include", metavar="PATTERN", action="append", help=f"prune only these {groups}")
+    parser.add_argument("--exclude", metavar="PATTERN", action="append", help=f"leave alone these {groups}")
+    parser.add_argument("--min-keep", metavar="N", type=int, help="keep at least N channels of a group")
+    parser.add_argument(
+        "--round-to", metavar="N", type=int, help="keep multiples of N channels; 8 suits hardware"
+    )
+
+
+def choice(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_choice_options` that were given, as keyword arguments."""
+    names = ("include", "exclude", "min_keep", "round_to")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def amount(text: str) -> int | float:
+    """A share of the original (0.5) or a count (60_000_000), told apart by the decimal point.
+
+    >>> amount("0.5"), amount("60_000_000")
+    (0.5, 60000000)
+    """
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

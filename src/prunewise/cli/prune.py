@@ -1,0 +1,90 @@
+"""`prunewise prune`: a smaller model under a budget, by trained gates or in one shot."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunewise.cli.options import UsageError, add_choice_options, add_model_options, amount, choice
+from prunewise.cli.output import as_share, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunewise import Budget, ChannelPlan
+
+HELP = "a smaller model under a budget, saved as plan.json and model.safetensors"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add_model_options(parser)
+    budget = "budget: a share of the original (0.5) or a count"
+    parser.add_argument("--macs", metavar="AMOUNT", type=amount, help=budget)
+    parser.add_argument("--params", metavar="AMOUNT", type=amount, help=budget)
+    parser.add_argument(
+        "--method",
+        choices=["gates", "magnitude", "bn_scale", "random"],
+        default="gates",
+        help="gates: trained together with the weights on --data; the others: one shot, no training (%(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of training, for gates (%(default)s)")
+    add_choice_options(parser)
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("runs/prune"), help="folder (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prune, save and print."""
+    if args.macs is None and args.params is None:
+        raise UsageError("no budget: give --macs or --params, as in --macs 0.5")
+    if args.method == "gates" and not args.data:
+        raise UsageError("--method gates trains and needs --data; --method magnitude needs none")
+
+    import prunewise as pw
+    from prunewise.cli.loading import example_inputs, load_data, load_model
+
+    model = load_model(args.model)
+    loaders = load_data(args.data) if args.data else (None, None)
+    inputs = example_inputs(model, args.input, loaders[0])
+    before = pw.measure(model, inputs)
+    small, plan = _prune(args, model, inputs, loaders, pw.Budget(macs=args.macs, params=args.params))
+    after = pw.measure(small, inputs)
+    pw.save_pruned(args.out, small, plan)
+
+    costs = [
+        ("macs", before.macs, after.macs),
+        ("params", before.params, after.params),
+        ("activation_bytes", before.activation_bytes, after.activation_bytes),
+    ]
+    if args.json:
+        print_json(
+            {
+                "model": args.model,
+                "method": args.method,
+                "before": {name: old for name, old, _ in costs},
+                "after": {name: new for name, _, new in costs},
+                "out": str(args.out),
+            }
+        )
+        return
+    rows = [[name, f"{old:,}", f"{new:,}", as_share(new, old)] for name, old, new in costs]
+    print_table(f"{args.model}, {args.method}", ["", "before", "after", "share"], rows)
+    print_line(f"saved in {args.out}; load it with prunewise.load_pruned({str(args.out)!r}, factory)")
+
+
+def _prune(
+    args: argparse.Namespace, model: nn.Module, inputs: Any, loaders: tuple[Any, Any], budget: Budget
+) -> tuple[nn.Module, ChannelPlan]:
+    import prunewise as pw
+
+    if args.method == "gates":
+        train, validation = loaders
+        result = pw.compress(
+            model, train, budget=budget, epochs=args.epochs, val_loader=validation, **choice(args)
+        )
+        return result.model, result.plan
+    plan = pw.plan_channels(model, inputs, budget=budget, importance=args.method, **choice(args))
+    return pw.apply_plan(model, plan, inputs), plan

@@ -1,0 +1,1 @@
+"""Structure, cost, plans and surgery. Torch only: no files, no printing."""

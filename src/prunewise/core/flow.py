@@ -1,0 +1,167 @@
+"""Labels flow through the operations of a trace: the state that the rules read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prunewise.core import labels as lab
+from prunewise.core.labels import Block, LabelArray, LabelStore, Layout
+from prunewise.core.trace import Op, Ref, Trace
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A dimension was split in several: what stays must be a product of `axes` picks. `labels` is joint over them."""
+
+    labels: LabelArray
+    axes: tuple[int, ...]  # the axes along which things may be removed
+    where: str
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Channels summed over: a removed channel must contribute zero here.
+
+    `site` is the (parameter name, dimension) that multiplies them, so that masking it removes the contribution; None
+    where two activations meet, or channels are simply added up.
+    """
+
+    labels: LabelArray
+    site: tuple[str, int] | None
+    op: Op
+    operands: tuple[int, ...]  # the tensors whose entries would have to be zero, any one of them being enough
+
+
+@dataclass
+class Flow:
+    """Everything known about the labels of one model, filled trace by trace."""
+
+    store: LabelStore = field(default_factory=LabelStore)
+    state: dict[str, Layout] = field(default_factory=dict)  # parameter and buffer layouts, by name
+    rectangles: list[Rectangle] = field(default_factory=list)
+    demands: list[Demand] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    origins: dict[int, str] = field(default_factory=dict)  # tensor id -> the parameter it is a plain view of
+    group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
+    _starts: list[int] = field(default_factory=list)
+    _dims: list[tuple[str, int]] = field(default_factory=list)
+
+    def begin(self, trace: Trace) -> None:
+        """Start on a trace; labels of parameters and buffers are shared between all traces of a flow."""
+        self.trace, self.layouts, self.origins = trace, {}, {}
+        for name, index in trace.state.items():
+            info = trace.tensors[index]
+            if info.name not in self.state:
+                self.state[info.name] = self._fresh_state(info.name, info.shape)
+            self.state[name] = self.state[info.name]
+            self.layouts[index] = self.state[info.name]
+            if info.kind == "param":
+                self.origins[index] = info.name
+
+    def _fresh_state(self, name: str, shape: tuple[int, ...]) -> Layout:
+        blocks = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                self._starts.append(len(self.store))
+                self._dims.append((name, dim))
+                blocks.append(Block((dim,), self.store.fresh(size)))
+        return Layout(shape, tuple(blocks))
+
+    def state_dim(self, labels: LabelArray) -> tuple[str, int] | None:
+        """The (name, dimension) of the parameter or buffer whose own labels these are; None if there is no such one."""
+        if labels.size == 0:
+            return None
+        slots = np.searchsorted(self._starts, [labels.min(), labels.max()], side="right") - 1
+        if slots[0] != slots[1] or slots[0] < 0:
+            return None
+        name, dim = self._dims[slots[0]]
+        block = self.state[name].block_at(dim)
+        return (name, dim) if block is not None and labels.max() <= block.labels[-1] else None
+
+    # -- what rules ask -------------------------------------------------------------------------------------------
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """Shape of a tensor of the trace."""
+        return self.trace.tensors[tensor].shape
+
+    def of(self, ref: Ref) -> Layout:
+        """The layout of an argument. Inputs and constants are fixed in every dimension."""
+        return self.layouts.get(ref.id) or Layout(self.shape(ref.id))
+
+    def reason(self, op: Op) -> str:
+        """How an operation is named to the user."""
+        where = f" at {op.where}" if op.where else ""
+        inside = f" in {op.module}" if op.module else ""
+        return f"{op.func}{inside}{where}"
+
+    def fix(self, layout: Layout, dims: Sequence[int], op: Op, why: str = "") -> Layout:
+        """`layout` with nothing removable along `dims` (negative ones count from the end)."""
+        rank = len(layout.shape)
+        for dim in dims:
+            layout = lab.fix(self.store, layout, dim % max(rank, 1), f"{why or 'mixed by'} {self.reason(op)}")
+        return layout
+
+    def only(self, layout: Layout, dim: int, op: Op) -> LabelArray | None:
+        """The labels of one dimension alone (joint ones are untied from the others), None where it is fixed."""
+        return self.alone(layout, dim, op)[1]
+
+    def alone(self, layout: Layout, dim: int, op: Op) -> tuple[Layout, LabelArray | None]:
+        """`layout` with `dim` labelled alone, and the labels."""
+        block = layout.block_at(dim)
+        if block is None:
+            return layout, None
+        layout = self.fix(layout, [d for d in block.dims if d != dim], op)
+        block = layout.block_at(dim)
+        assert block is not None
+        return layout, block.labels
+
+    def join(self, layouts: list[Layout], shape: tuple[int, ...], op: Op) -> Layout:
+        """Element-wise combination."""
+        return lab.join(self.store, layouts, shape, f"meets a fixed dimension in {self.reason(op)}")
+
+    def tie(self, a: LabelArray | None, b: LabelArray | None, op: Op) -> None:
+        """Unite two dimensions; where one is fixed, so becomes the other."""
+        if a is not None and b is not None:
+            self.store.unite(a, b)
+        elif a is not None or b is not None:
+            self.store.pin(a if a is not None else b, f"meets a fixed dimension in {self.reason(op)}")  # type: ignore[arg-type]
+
+    def reshape(self, layout: Layout, shape: tuple[int, ...], op: Op) -> Layout:
+        """`view`; a dimension that is split leaves a rectangle behind."""
+        result = lab.reshape(self.store, layout, shape, f"reshaped by {self.reason(op)}")
+        known = {id(b) for b in layout.blocks}
+        for block in result.blocks:
+            if len(block.dims) > 1 and id(block) not in known:
+                self.rectangles.append(Rectangle(block.labels, tuple(range(len(block.dims))), self.reason(op)))
+        return result
+
+    def demand(self, labels: LabelArray | None, op: Op, operands: tuple[int, ...], weight: int | None = None,
+               weight_labels: LabelArray | None = None) -> None:
+        """Note that channels with these labels are summed over, weighted by tensor `weight` if there is one."""
+        if labels is None:
+            return
+        site = None
+        if weight is not None and weight in self.origins and weight_labels is not None:
+            site = self.state_dim(weight_labels)
+        self.demands.append(Demand(labels, site, op, operands))
+
+
+Rule = Callable[[Flow, Op], "Layout | list[Layout]"]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators, by name without namespace, overload and in-place mark."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for {name}")
+            RULES[name] = function
+        return function
+
+    return register

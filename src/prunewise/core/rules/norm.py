@@ -1,0 +1,74 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+from prunewise.core.flow import Flow, rule
+from prunewise.core.labels import Block, Layout
+from prunewise.core.trace import Op, Ref
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "batch_norm_with_update", "_batch_norm_with_update", "miopen_batch_norm", "_batch_norm_no_update",
+    "_native_batch_norm_legit_functional", "batch_norm",
+)  # fmt: skip
+def batch_norm(flow: Flow, op: Op) -> list[Layout]:
+    """Each channel on its own; in training it is averaged over all the other dimensions."""
+    x = flow.of(op.args.get("input", op.args.get("self")))
+    rank = len(x.shape)
+    x = flow.fix(x, [d for d in range(rank) if d != 1], op)
+    vectors = [op.args.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    layouts = [x]
+    for vector in vectors:
+        if isinstance(vector, Ref):
+            layouts.append(flow.of(vector).moved((1, x.shape[1]) + (1,) * (rank - 2), {0: 1}))
+    out = flow.join(layouts, x.shape, op)
+    block = out.block_at(1)
+    statistics = (Block((0,), block.labels),) if block is not None else ()
+    return [
+        out if flow.shape(o) == x.shape else Layout(flow.shape(o), statistics if flow.shape(o) == (x.shape[1],) else ())
+        for o in op.outputs
+    ]
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(flow: Flow, op: Op) -> list[Layout]:
+    """The normalised (last) dimensions are mixed; the others pass."""
+    x = flow.of(op.args["input"])
+    rank, mixed = len(x.shape), len(op.args["normalized_shape"])
+    x = flow.fix(x, range(rank - mixed, rank), op)
+    for name in ("weight", "bias"):
+        if isinstance(op.args.get(name), Ref):
+            flow.fix(flow.of(op.args[name]), range(mixed), op)
+    return [Layout(flow.shape(o), x.blocks) for o in op.outputs]
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(flow: Flow, op: Op) -> list[Layout]:
+    """Channels of one group are mixed: whole groups can go."""
+    x = flow.of(op.args["input"])
+    groups = int(op.args.get("group", op.args.get("num_groups", 1)))
+    x = flow.fix(x, [d for d in range(len(x.shape)) if d > 1], op)
+    layouts = [x]
+    for name in ("weight", "bias"):
+        if isinstance(op.args.get(name), Ref):
+            layouts.append(flow.of(op.args[name]).moved((1, x.shape[1]) + (1,) * (len(x.shape) - 2), {0: 1}))
+    x = flow.join(layouts, x.shape, op)
+    x, labels = flow.alone(x, 1, op)
+    if labels is not None:
+        if groups == 1:
+            x = flow.fix(x, [1], op)
+        else:
+            rows = flow.store.unite_along(labels.reshape(groups, -1), 1)
+            flow.group_counts[op.index] = rows
+    return [x if flow.shape(o) == x.shape else Layout(flow.shape(o)) for o in op.outputs]
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(flow: Flow, op: Op) -> list[Layout]:
+    """v times g over the norm of v: all dimensions but one are mixed."""
+    v, g = flow.of(op.args["v"]), flow.of(op.args["g"])
+    dim = int(op.args["dim"])
+    v = flow.fix(v, [d for d in range(len(v.shape)) if d != dim], op)
+    out = flow.join([v, g], v.shape, op)
+    return [out if flow.shape(o) == v.shape else Layout(flow.shape(o)) for o in op.outputs]

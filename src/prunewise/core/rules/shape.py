@@ -1,0 +1,325 @@
+"""Operations that move data without computing: views, permutations, concatenation, slices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils._pytree import tree_flatten
+
+from prunewise.core.flow import Flow, Rectangle, rule
+from prunewise.core.labels import Block, Layout
+from prunewise.core.trace import Op, Ref
+
+
+def _keep_origin(flow: Flow, op: Op) -> None:
+    """A view of a parameter is still that parameter."""
+    source = op.args["self"].id
+    if source in flow.origins:
+        for out in op.outputs:
+            flow.origins[out] = flow.origins[source]
+
+
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy", "_reshape_copy", "flatten", "unflatten")
+def view(flow: Flow, op: Op) -> Layout:
+    """Dimensions merged and split."""
+    _keep_origin(flow, op)
+    if "dtype" in op.args and "size" not in op.args:
+        return flow.of(op.args["self"])
+    return flow.reshape(flow.of(op.args["self"]), flow.shape(op.outputs[0]), op)
+
+
+@rule("as_strided")
+def as_strided(flow: Flow, op: Op) -> Layout:
+    """Only a reshape in disguise is followed."""
+    shape, strides = tuple(op.args["size"]), list(op.args["stride"])
+    layout = flow.of(op.args["self"])
+    contiguous = [int(np.prod(shape[d + 1 :])) for d in range(len(shape))]
+    if strides == contiguous and np.prod(shape) == np.prod(layout.shape) and not op.args.get("storage_offset"):
+        return flow.reshape(layout, shape, op)
+    return Layout(shape, flow.fix(layout, range(len(layout.shape)), op).blocks)
+
+
+@rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "mT", "permute_copy", "transpose_copy", "t_copy")
+def permute(flow: Flow, op: Op) -> Layout:
+    """Dimensions change places."""
+    _keep_origin(flow, op)
+    layout = flow.of(op.args["self"])
+    rank = len(layout.shape)
+    order = list(range(rank))
+    if "dims" in op.args:
+        order = [d % rank for d in op.args["dims"]]
+    elif "dim0" in op.args:
+        a, b = op.args["dim0"] % rank, op.args["dim1"] % rank
+        order[a], order[b] = order[b], order[a]
+    elif rank == 2:
+        order = [1, 0]
+    return layout.moved(flow.shape(op.outputs[0]), {d: i for i, d in enumerate(order)})
+
+
+@rule("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
+def squeeze(flow: Flow, op: Op) -> Layout:
+    """Dimensions of size 1 come and go; these are never labelled."""
+    _keep_origin(flow, op)
+    layout = flow.of(op.args["self"])
+    shape = flow.shape(op.outputs[0])
+    rank = len(layout.shape)
+    if op.name.startswith("unsqueeze"):
+        at = op.args["dim"] % (rank + 1)
+        return layout.moved(shape, {d: d + (d >= at) for d in range(rank)})
+    asked = op.args.get("dim")
+    asked = list(range(rank)) if asked is None else [asked] if isinstance(asked, int) else list(asked)
+    gone = {d % max(rank, 1) for d in asked if layout.shape and layout.shape[d] == 1}
+    kept = [d for d in range(rank) if d not in gone]
+    return layout.moved(shape, {d: i for i, d in enumerate(kept)})
+
+
+def _take(flow: Flow, layout: Layout, dim: int, pick: Any, shape: tuple[int, ...]) -> Layout:
+    """Every block indexed along `dim` by `pick` (a slice or integer array); `dim` stays a dimension."""
+    blocks = []
+    for block in layout.blocks:
+        labels = block.labels
+        if dim in block.dims:
+            index: list[Any] = [slice(None)] * labels.ndim
+            index[block.dims.index(dim)] = pick
+            labels = labels[tuple(index)]
+        blocks.append(Block(block.dims, labels))
+    return _without_single(flow, Layout(shape, tuple(blocks)))
+
+
+def _without_single(flow: Flow, layout: Layout) -> Layout:
+    """Dimensions that have come down to size 1 lose their labels; one that was labelled alone is pinned."""
+    for block in layout.blocks:
+        single = [d for d in block.dims if layout.shape[d] == 1]
+        if single:
+            axes = tuple(block.dims.index(d) for d in single)
+            dims = tuple(d for d in block.dims if d not in single)
+            labels = block.labels.squeeze(axes)
+            if dims:
+                layout = layout.replace(block, Block(dims, labels))
+            else:
+                flow.store.pin(labels.reshape(-1), "a single channel is picked by its position")
+                layout = layout.without(block)
+    return layout
+
+
+@rule("slice", "narrow", "slice_copy")
+def slice_(flow: Flow, op: Op) -> Layout:
+    """A range of indices."""
+    layout = flow.of(op.args["self"])
+    if op.name == "narrow":
+        start, end, step = op.args["start"], op.args["start"] + op.args["length"], 1
+    else:
+        start, end, step = op.args.get("start"), op.args.get("end"), op.args.get("step", 1)
+    shape = flow.shape(op.outputs[0])
+    if shape == layout.shape:
+        _keep_origin(flow, op)
+        return layout
+    return _take(flow, layout, op.args["dim"] % len(layout.shape), slice(start, end, step), shape)
+
+
+def _pick_one(flow: Flow, layout: Layout, dim: int, index: int, shape: tuple[int, ...]) -> Layout:
+    """One index along `dim`, which disappears."""
+    single = tuple(1 if d == dim else s for d, s in enumerate(layout.shape))
+    layout = _take(flow, layout, dim, slice(index, index + 1) if index != -1 else slice(-1, None), single)
+    return layout.moved(shape, {d: d - (d > dim) for d in range(len(layout.shape))})
+
+
+@rule("select", "select_copy")
+def select(flow: Flow, op: Op) -> Layout:
+    """One index of a dimension."""
+    layout = flow.of(op.args["self"])
+    return _pick_one(flow, layout, op.args["dim"] % len(layout.shape), op.args["index"], flow.shape(op.outputs[0]))
+
+
+@rule("unbind", "unbind_copy")
+def unbind(flow: Flow, op: Op) -> list[Layout]:
+    """Every index of a dimension as a tensor of its own."""
+    layout = flow.of(op.args["self"])
+    dim = op.args["dim"] % len(layout.shape)
+    return [_pick_one(flow, layout, dim, i, flow.shape(o)) for i, o in enumerate(op.outputs)]
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "split_copy",
+      "split_with_sizes_copy", "tensor_split")  # fmt: skip
+def split(flow: Flow, op: Op) -> list[Layout]:
+    """Consecutive ranges. Equal pieces stay equal (the user's code may have asked for so many equal chunks)."""
+    layout = flow.of(op.args["self"])
+    dim = op.args["dim"] % len(layout.shape)
+    sizes = [flow.shape(o)[dim] for o in op.outputs]
+    block = layout.block_at(dim)
+    if block is not None and len(set(sizes)) == 1 and len(sizes) > 1:
+        axis = block.dims.index(dim)
+        labels = np.moveaxis(block.labels, axis, 0)
+        labels = labels.reshape(len(sizes), sizes[0], *labels.shape[1:])
+        flow.rectangles.append(Rectangle(labels, tuple(range(1, labels.ndim)), flow.reason(op)))
+    ends = np.cumsum(sizes)
+    if len(sizes) == 1:
+        return [layout]
+    return [
+        _take(flow, layout, dim, slice(int(end) - size, int(end)), flow.shape(o))
+        for end, size, o in zip(ends, sizes, op.outputs, strict=True)
+    ]
+
+
+@rule("cat", "concatenate")
+def cat(flow: Flow, op: Op) -> Layout:
+    """Labels follow one another along the dimension of concatenation; the other dimensions are joined."""
+    layouts = [flow.of(r) for r in op.args["tensors"]]
+    shape = flow.shape(op.outputs[0])
+    layouts = [x for x in layouts if len(x.shape) == len(shape)]  # torch lets an empty 1-D tensor pass
+    return _concatenate(flow, op, layouts, int(op.args.get("dim", 0)) % len(shape), shape)
+
+
+def _concatenate(flow: Flow, op: Op, layouts: list[Layout], dim: int, shape: tuple[int, ...]) -> Layout:
+    found = [x.block_at(dim) for x in layouts]
+    joint = {b.dims for b in found if b is not None and len(b.dims) > 1}
+    if len(joint) == 1 and all(b is not None and b.dims in joint for b in found):
+        dims = joint.pop()
+        axis = dims.index(dim)
+        blocks = [b for b in found if b is not None]
+        together: Block | None = Block(dims, np.concatenate([b.labels for b in blocks], axis=axis))
+        rest = [x.without(b) for x, b in zip(layouts, blocks, strict=True)]
+        hidden = {d: 1 for d in dims}
+    else:
+        rest, parts = [], []
+        some_fixed = any(b is None for b in found)
+        for x in layouts:
+            block = x.block_at(dim)
+            if block is not None and len(block.dims) > 1 and some_fixed:
+                x = flow.fix(x, [dim], op)
+            x, labels = flow.alone(x, dim, op)
+            block = x.block_at(dim)
+            if labels is None or block is None:
+                labels = flow.store.fresh(x.shape[dim])
+                flow.store.pin(labels, f"a fixed part of {flow.reason(op)}")
+            else:
+                x = x.without(block)
+            rest.append(x)
+            parts.append(labels)
+        together = None if all(b is None for b in found) else Block((dim,), np.concatenate(parts))
+        hidden = {dim: 1}
+    flat = tuple(hidden.get(d, s) for d, s in enumerate(shape))
+    rest = [Layout(tuple(hidden.get(d, s) for d, s in enumerate(x.shape)), x.blocks) for x in rest]
+    joined = flow.join(rest, flat, op)
+    return Layout(shape, joined.blocks + ((together,) if together is not None else ()))
+
+
+@rule("stack")
+def stack(flow: Flow, op: Op) -> Layout:
+    """Element-wise together, along a new dimension."""
+    layouts = [flow.of(r) for r in op.args["tensors"]]
+    joined = flow.join(layouts, layouts[0].shape, op)
+    shape = flow.shape(op.outputs[0])
+    at = int(op.args.get("dim", 0)) % len(shape)
+    return joined.moved(shape, {d: d + (d >= at) for d in range(len(joined.shape))})
+
+
+@rule("repeat", "tile")
+def repeat(flow: Flow, op: Op) -> Layout:
+    """Whole copies, one after another."""
+    layout = flow.of(op.args["self"])
+    shape = flow.shape(op.outputs[0])
+    shift = len(shape) - len(layout.shape)
+    layout = layout.moved((1,) * shift + layout.shape, {d: d + shift for d in range(len(layout.shape))})
+    times = [new // old if old else 1 for new, old in zip(shape, layout.shape, strict=True)]
+    blocks = [Block(b.dims, np.tile(b.labels, [times[d] for d in b.dims])) for b in layout.blocks]
+    for d, size in enumerate(layout.shape):
+        if size == 1 and times[d] > 1:  # constant along the new dimension
+            blocks.append(Block((d,), flow.store.fresh(times[d])))
+    return Layout(shape, tuple(blocks))
+
+
+@rule("flip")
+def flip(flow: Flow, op: Op) -> Layout:
+    """Order reversed: labels are reversed too."""
+    layout = flow.of(op.args["self"])
+    for d in op.args["dims"]:
+        layout = _take(flow, layout, d % len(layout.shape), slice(None, None, -1), layout.shape)
+    return layout
+
+
+@rule("roll")
+def roll(flow: Flow, op: Op) -> Layout:
+    """Fixed along the rolled dimensions: a shift by so many places is another one in a smaller tensor."""
+    layout = flow.of(op.args["self"])
+    dims = op.args.get("dims")
+    dims = list(range(len(layout.shape))) if not dims else [dims] if isinstance(dims, int) else dims
+    return flow.fix(layout, dims, op)
+
+
+@rule("constant_pad_nd")
+def constant_pad(flow: Flow, op: Op) -> Layout:
+    """Padded places are constant: free to go with whatever they later meet."""
+    layout = flow.of(op.args["self"])
+    shape = flow.shape(op.outputs[0])
+    pad: Sequence[int] = op.args["pad"]
+    for k in range(len(pad) // 2):
+        dim = len(shape) - 1 - k
+        before, after = pad[2 * k], pad[2 * k + 1]
+        if not (before or after):
+            continue
+        layout, labels = flow.alone(layout, dim, op)
+        if labels is None:
+            continue
+        if before < 0 or after < 0:
+            layout = flow.fix(layout, [dim], op)
+            continue
+        padded = np.concatenate([flow.store.fresh(before), labels, flow.store.fresh(after)])
+        blocks = tuple(Block(b.dims, padded) if dim in b.dims else b for b in layout.blocks)
+        layout = Layout(layout.shape, blocks)
+    return Layout(shape, layout.blocks)
+
+
+@rule("index", "_unsafe_index")
+def index(flow: Flow, op: Op) -> Layout:
+    """Indexing by tensors: the indexed dimensions are fixed, the others pass."""
+    layout = flow.of(op.args["self"])
+    indices = op.args["indices"]
+    if any(isinstance(i, Ref) and "bool" in str(flow.trace.tensors[i.id].dtype) for i in indices):
+        return _opaque(flow, op)
+    used = [d for d, i in enumerate(indices) if i is not None]
+    layout = flow.fix(layout, used, op)
+    for i in indices:
+        if isinstance(i, Ref):
+            flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
+    shape = flow.shape(op.outputs[0])
+    rank_of_index = len(shape) - (len(layout.shape) - len(used))
+    contiguous = used == list(range(used[0], used[0] + len(used)))
+    at = used[0] if contiguous else 0
+    to, new = {}, 0
+    for d in range(len(layout.shape)):
+        if d in used:
+            continue
+        if new == at:
+            new += rank_of_index
+        to[d] = new
+        new += 1
+    return layout.moved(shape, to)
+
+
+@rule("index_select", "index_select_backward")
+def index_select(flow: Flow, op: Op) -> Layout:
+    """A dimension picked by a tensor of indices is fixed; the others pass."""
+    layout = flow.fix(flow.of(op.args["self"]), [op.args["dim"]], op)
+    return Layout(flow.shape(op.outputs[0]), layout.blocks)
+
+
+@rule("embedding")
+def embedding(flow: Flow, op: Op) -> Layout:
+    """Rows of a table: the rows are fixed, their width passes."""
+    layout = flow.fix(flow.of(op.args["weight"]), [0], op)
+    shape = flow.shape(op.outputs[0])
+    picked = flow.of(op.args["indices"])
+    out = layout.moved(shape, {0: 0, 1: len(shape) - 1})
+    return Layout(shape, out.blocks + picked.blocks)
+
+
+def _opaque(flow: Flow, op: Op) -> Layout:
+    for leaf in tree_flatten(op.args)[0]:
+        if isinstance(leaf, Ref):
+            flow.fix(flow.of(leaf), range(len(flow.shape(leaf.id))), op, "no rule for")
+    return Layout(flow.shape(op.outputs[0]))
+
+

@@ -1,0 +1,69 @@
+"""Where a gate stands: on the weights that read the channels.
+
+Removing a channel takes away what its readers add up. So masking the readers' weights along the channel equals the removal,
+whatever lies between the channel's origin and its readers, and costs a product per weight instead of one per activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from prunewise.core.groups import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dimension of one parameter that reads channels. `units[i]` numbers the unit that entry `i` belongs to.
+
+    Units are numbered through the given groups, one group after another; -1 means an entry that always stays.
+    """
+
+    name: str
+    dim: int
+    units: npt.NDArray[np.int64]
+
+
+def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ...]]) -> list[Site]:
+    """The sites of these groups; `sizes` are the shapes of the parameters by name."""
+    found: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+    offset = 0
+    for group in groups:
+        for member in group.members:
+            if member.role == "in":
+                key = (member.name, member.dim)
+                if key not in found:
+                    found[key] = np.full(sizes[member.name][member.dim], -1, dtype=np.int64)
+                found[key][member.indices] = offset + np.arange(group.size)[:, None]
+        offset += group.size
+    return [Site(name, dim, units) for (name, dim), units in found.items()]
+
+
+@contextmanager
+def masked(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """While active, `model` computes what the network without the other units would; weights are put back after."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for group in groups:
+                if group.name not in keep or len(keep[group.name]) == group.size:
+                    continue
+                gone = np.setdiff1d(np.arange(group.size), np.asarray(keep[group.name], dtype=np.int64))
+                for member in group.members:
+                    if member.role == "in":
+                        weight = tensors[member.name]
+                        before.append((weight, weight.detach().clone()))
+                        index = torch.from_numpy(member.indices[gone].reshape(-1)).to(weight.device)
+                        weight.index_fill_(member.dim, index, 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in reversed(before):
+                weight.copy_(value)

@@ -1,0 +1,130 @@
+"""The structure of one model: its traces, the labels after all rules ran, and the channel classes they leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunewise.core import rules as _rules  # noqa: F401  (registers the rules)
+from prunewise.core.errors import TraceError
+from prunewise.core.flow import RULES, Flow, Rectangle
+from prunewise.core.labels import LabelArray, LabelStore, Layout
+from prunewise.core.rules.pointwise import pointwise
+from prunewise.core.trace import Inputs, Op, Trace, record
+
+
+@dataclass
+class Pass:
+    """One recorded forward pass with the layout of every tensor in it."""
+
+    trace: Trace
+    layouts: dict[int, Layout]
+    group_counts: dict[int, LabelArray]
+
+
+@dataclass
+class Structure:
+    """All that `analyse` finds out. `passes[0]` is the eval pass."""
+
+    flow: Flow
+    passes: list[Pass]
+
+    @property
+    def trace(self) -> Trace:
+        """The trace in eval mode."""
+        return self.passes[0].trace
+
+
+def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
+    """Trace `model` and find which indices of its parameters and buffers must go together.
+
+    The model is traced in eval mode, and in train mode as well if parameters exist that only training uses.
+
+    Raises:
+        TraceError: the forward pass fails on `example_inputs`.
+    """
+    flow = Flow()
+    passes = [_run(flow, record(model, example_inputs))]
+    used = passes[0].trace.used_state()
+    trained = {i for name, i in passes[0].trace.state.items() if passes[0].trace.tensors[i].kind == "param"}
+    if trained - used:
+        try:
+            in_training = record(model, example_inputs, training=True)
+        except TraceError:
+            in_training = None  # detection models want targets in training: what eval shows has to do
+        if in_training is not None and in_training.used_state() - used:
+            passes.append(_run(flow, in_training))
+            used |= passes[1].trace.used_state()
+    for index in sorted(trained - used):
+        info = passes[0].trace.tensors[index]
+        for block in flow.state[info.name].blocks:
+            flow.store.pin(block.labels, "not used in the forward pass")
+    for rectangle in flow.rectangles:
+        _resolve(flow, rectangle)
+    return Structure(flow, passes)
+
+
+def _run(flow: Flow, trace: Trace) -> Pass:
+    flow.begin(trace)
+    flow.group_counts = {}
+    for op in trace.ops:
+        outputs = _apply(flow, op)
+        for index, layout in zip(op.outputs, outputs, strict=True):
+            flow.layouts[index] = layout
+    for index in trace.outputs:
+        for block in flow.layouts.get(index, Layout(())).blocks:
+            flow.store.pin(block.labels, "an output of the model")
+    return Pass(trace, flow.layouts, flow.group_counts)
+
+
+def _apply(flow: Flow, op: Op) -> list[Layout]:
+    """Layouts of all outputs of `op`. Without a rule, or where a rule fails, everything the operation touches is pinned."""
+    rule = RULES.get(op.name)
+    if rule is None and torch.Tag.pointwise in op.func.tags:
+        rule = pointwise
+    why = "no rule for"
+    if rule is not None:
+        try:
+            result = rule(flow, op)
+            outputs = [result] if isinstance(result, Layout) else result
+            return outputs + [Layout(flow.shape(o)) for o in op.outputs[len(outputs) :]]
+        except (AssertionError, IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
+            why = f"a rule failed ({type(error).__name__}: {error}) for"
+    for index in op.inputs:
+        layout = flow.layouts.get(index)
+        if layout is not None:
+            for block in layout.blocks:
+                flow.store.pin(block.labels, f"{why} {flow.reason(op)}")
+            flow.layouts[index] = Layout(layout.shape)
+    return [Layout(flow.shape(o)) for o in op.outputs]
+
+
+def _resolve(flow: Flow, rectangle: Rectangle) -> None:
+    """Unite labels until what stays of a split dimension is a product: pick the axis that leaves most choice."""
+    store = flow.store
+    roots = store.roots(rectangle.labels)
+
+    def carried_by(axis: int) -> bool:
+        first = np.moveaxis(roots, axis, 0).reshape(roots.shape[axis], -1)
+        return bool((first == first[:, :1]).all())
+
+    if any(carried_by(axis) for axis in rectangle.axes):
+        return
+    if not rectangle.axes:
+        store.pin(rectangle.labels, f"split by {rectangle.where}")
+        return
+    _, small = np.unique(roots, return_inverse=True)
+    small = small.reshape(roots.shape)
+    choices = {}
+    for axis in rectangle.axes:
+        trial = LabelStore()
+        trial.fresh(int(small.max()) + 1)
+        table = np.moveaxis(small, axis, 0).reshape(small.shape[axis], -1)
+        trial.unite(table, table[:, :1])
+        choices[axis] = len(np.unique(trial.roots(table)))
+    best = max(rectangle.axes, key=lambda axis: choices[axis])
+    table = np.moveaxis(roots, best, 0).reshape(roots.shape[best], -1)
+    store.unite(table, table[:, :1])

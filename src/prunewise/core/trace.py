@@ -1,0 +1,301 @@
+"""One forward pass, recorded as ATen operations.
+
+The model runs on fake tensors: shapes and dtypes flow, nothing is computed and no memory is taken, so a model on the
+meta device is traced as easily as one on a GPU. Whatever Python the user's `forward` runs, the operations that reach
+the dispatcher are recorded, with the parameter names, the module that called, and the line of the user's code.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from prunewise.core.errors import TraceError
+
+Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
+
+_LIBRARIES = tuple(
+    str(Path(p)) for p in {sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent), str(Path(__file__).parent)}
+)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for tensor number `id` of a trace, in the arguments of an operation."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of one tensor: `kind` is op, param, buffer, input or constant; `name` of the first two kinds."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One recorded call. `args` are bound by the names of the operator's schema, tensors replaced by `Ref`."""
+
+    index: int
+    func: torch._ops.OpOverload
+    args: dict[str, Any]
+    outputs: tuple[int, ...]
+    module: str  # path of the module whose forward made the call
+    where: str  # file:line of the user's code
+
+    @property
+    def name(self) -> str:
+        """The operator's name without namespace, overload and in-place mark: `add` for `aten::add_.Tensor`."""
+        name = self.func._schema.name.split("::")[1]
+        return name[:-1] if name.endswith("_") and not name.startswith("__") else name
+
+    @property
+    def inputs(self) -> list[int]:
+        """Ids of all tensor arguments, in order."""
+        return [leaf.id for leaf in tree_flatten(self.args)[0] if isinstance(leaf, Ref)]
+
+
+@dataclass
+class Trace:
+    """The operations of one forward pass, in order."""
+
+    ops: list[Op] = field(default_factory=list)
+    tensors: list[TensorInfo] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
+
+    def used_state(self) -> set[int]:
+        """Ids of the parameters and buffers that some operation reads."""
+        return {i for op in self.ops for i in op.inputs if self.tensors[i].kind in ("param", "buffer")}
+
+
+def as_call(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as (positional, keyword) arguments: a tuple is positional, a dict is keywords, else one argument."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
+        return example_inputs, {}
+    if isinstance(example_inputs, list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operation that reaches the dispatcher into a `Trace`."""
+
+    def __init__(self, trace: Trace, stack: list[str]) -> None:
+        super().__init__()
+        self.trace = trace
+        self._stack = stack
+        self._ids: Any = WeakIdKeyDictionary()
+        self._alive: list[Tensor] = []
+
+    def register(self, tensor: Tensor, kind: str, name: str = "") -> int:
+        """The id of `tensor`, new if it was not seen before."""
+        known = self._ids.get(tensor)
+        shape = tuple(int(s) for s in tensor.shape)
+        # In-place views (`transpose_`) give a known tensor another shape: a new id from there on.
+        if known is not None and self.trace.tensors[known].shape == shape:
+            return int(known)
+        index = len(self.trace.tensors)
+        self.trace.tensors.append(TensorInfo(shape, tensor.dtype, kind, name))
+        self._ids[tensor] = index
+        self._alive.append(tensor)  # an id must never be reused for another tensor
+        return index
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+
+        def ref(leaf: Any) -> Any:
+            return Ref(self.register(leaf, "constant")) if isinstance(leaf, Tensor) else leaf
+
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":  # asks for a device or a layout: no data flows
+            return out
+        schema = func._schema.arguments
+        bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+        bound.update({a.name: tree_map(ref, v) for a, v in zip(schema, args, strict=False)})
+        bound.update({k: tree_map(ref, v) for k, v in kwargs.items()})
+        outputs = tuple(self.register(t, "op") for t in tree_flatten(out)[0] if isinstance(t, Tensor))
+        module = self._stack[-1] if self._stack else ""
+        self.trace.ops.append(Op(len(self.trace.ops), func, bound, outputs, module, _user_line()))
+        return out
+
+
+def _user_line() -> str:
+    """file:line of the innermost frame that is neither Python's, torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@contextmanager
+def _module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """While active, the returned list holds the path of the module whose forward runs, innermost last."""
+    names = {id(m): name for name, m in model.named_modules(remove_duplicate=True)}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in names:
+            stack.append(names[id(module)])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in names and stack:
+            stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while active; every module goes back into its own mode afterwards."""
+    with _mode(model, False):
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in train or eval mode, and each back into its own afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    for m, _ in before:
+        m.training = training
+    try:
+        yield
+    finally:
+        for m, was in before:
+            m.training = was
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> Trace:
+    """Record one forward pass of `model` on `example_inputs`.
+
+    Args:
+        model: any module; left as it was (buffers and modes included).
+        example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments). Only shapes, dtypes
+            and devices of tensors are read.
+        training: record in train mode instead of eval mode.
+
+    Raises:
+        TraceError: the forward pass fails on these inputs.
+    """
+    trace, error = record_partly(model, example_inputs, training=training)
+    if error is not None:
+        raise error
+    return trace
+
+
+def record_partly(
+    model: nn.Module, example_inputs: Inputs, *, training: bool = False
+) -> tuple[Trace, TraceError | None]:
+    """As `record`; where the forward pass fails, what was recorded so far and the error.
+    """
+    args, kwargs = as_call(example_inputs)
+    trace = Trace()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Tensor] = {}
+
+    def to_fake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in memo:
+            memo[id(leaf)] = fake.from_tensor(leaf.detach())
+        return memo[id(leaf)]
+
+    named = [(n, p, "param") for n, p in model.named_parameters(remove_duplicate=False)]
+    named += [(n, b, "buffer") for n, b in model.named_buffers(remove_duplicate=False)]
+    with (
+        _module_stack(model) as stack,
+        _mode(model, training),
+        _plain_attention(),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        recorder = _Recorder(trace, stack)
+        state = {}
+        for name, tensor, kind in named:
+            state[name] = to_fake(tensor)
+            trace.state[name] = recorder.register(state[name], kind, name)
+        args, kwargs = tree_map(to_fake, (args, kwargs))
+        for leaf in tree_flatten((args, kwargs))[0]:
+            if isinstance(leaf, Tensor):
+                recorder.register(leaf, "input")
+        try:
+            with fake, recorder:
+                out = torch.func.functional_call(model, state, args, kwargs, strict=False)
+        except Exception as error:
+            failure = TraceError(
+                f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
+                f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
+                "positional arguments, or a dict of keyword arguments."
+            )
+            failure.__cause__ = error
+            return trace, failure
+    for leaf in tree_flatten(tensors_of(out))[0]:
+        if isinstance(leaf, Tensor):
+            trace.outputs.append(recorder.register(leaf, "constant"))
+    return trace, None
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """All tensors in a model's output, whatever containers or plain objects hold them."""
+    leaves, seen, queue = [], set(), [out]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, Tensor):
+            leaves.append(item)
+        elif isinstance(item, Mapping):
+            queue.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            queue.extend(item)
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)) and id(item) not in seen:
+            seen.add(id(item))
+            queue.extend(vars(item).values())
+    return leaves
+
+
+def _shapes(example_inputs: Inputs) -> str:
+    args, kwargs = as_call(example_inputs)
+    shown = [str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+    shown += [f"{k}={tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in kwargs.items()]
+    return ", ".join(shown)
+
+

@@ -1,0 +1,168 @@
+"""Find the Python integers that hold widths in the user's own modules, and set them.
+
+The pruned copy is traced on fake tensors and compared with what the plan predicts, operation by operation. Where the two part,
+the modules around that operation are searched for integers equal to the old size; the change that lets the comparison get furthest
+is kept, until it reaches the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from prunewise.core.cost import CostModel
+from prunewise.core.structure import Pass
+from prunewise.core.trace import Inputs, Op, Trace, record_partly
+
+_MAX_TRIALS = 200
+Sizes = dict[int, set[int]]  # old size -> new sizes it may stand for
+
+
+def fit_attributes(small: nn.Module, example_inputs: Inputs, costs: CostModel, widths: Mapping[str, int]) -> str | None:
+    """Set width attributes until the pruned copy does what is predicted; None, or what still differs."""
+    for number, each in enumerate(costs.grouping.structure.passes):
+        problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _fit_pass(
+    small: nn.Module, inputs: Inputs, costs: CostModel, widths: Mapping[str, int], each: Pass, training: bool
+) -> str | None:
+    predicted = [
+        [costs.shape(each.layouts[o], widths) if o in each.layouts else each.trace.tensors[o].shape for o in op.outputs]
+        for op in each.trace.ops
+    ]
+    at, problem = _first_difference(small, inputs, each.trace, predicted, training)
+    trials = 0
+    while problem is not None:
+        best = at
+        for change in _candidates(small, each, predicted, at):
+            undo = change.apply()
+            trials += 1
+            reached, found = _first_difference(small, inputs, each.trace, predicted, training)
+            if found is None or reached > best:
+                at, problem = reached, found
+                break
+            undo()
+            if trials >= _MAX_TRIALS:
+                return problem
+        else:
+            return problem
+    return None
+
+
+def _first_difference(
+    small: nn.Module, inputs: Inputs, old: Trace, predicted: list[list[tuple[int, ...]]], training: bool
+) -> tuple[int, str | None]:
+    """Index of the first operation that is not as predicted, and what is wrong; (count, None) if all are."""
+    new, error = record_partly(small, inputs, training=training)
+    for i, (a, b) in enumerate(zip(old.ops, new.ops, strict=False)):
+        where = f"{b.func} in {b.module or 'the model'} ({b.where})"
+        if a.func is not b.func or len(a.outputs) != len(b.outputs):
+            return i, f"the pruned forward takes another path: {where} instead of {a.func}"
+        for out, want in zip(b.outputs, predicted[i], strict=True):
+            if new.tensors[out].shape != want:
+                return i, f"{where} gives shape {new.tensors[out].shape}, should be {want}: a width is written into the code"
+        scalar = _changed_scalar(a, b)
+        if scalar is not None:
+            return i, f"{where}: the number {scalar} is computed from a width"
+    if error is not None:
+        i = len(new.ops)
+        where = old.ops[i].where if i < len(old.ops) else "the end"
+        return i, f"the pruned forward fails at {where}: {error.__cause__ or error}"
+    if len(new.ops) != len(old.ops):
+        return min(len(new.ops), len(old.ops)), "the pruned forward takes another path"
+    return len(old.ops), None
+
+
+def _changed_scalar(a: Op, b: Op) -> Any:
+    """A number among the arguments that differs (shapes may; factors, scales and exponents may not)."""
+    for argument in a.func._schema.arguments:
+        kind = str(argument.type)
+        if "number" in kind or "Scalar" in kind or "float" in kind:
+            x, y = a.args.get(argument.name), b.args.get(argument.name)
+            if isinstance(x, (int, float)) and x != y:
+                return y
+    return None
+
+
+class _Change:
+    """Set one attribute, by name, on all modules of one class whose old value has a new size of its own."""
+
+    def __init__(self, targets: list[tuple[nn.Module, str, Any, Any]]) -> None:
+        self.targets = targets
+
+    def apply(self) -> Any:
+        for module, name, _, new in self.targets:
+            setattr(module, name, new)
+
+        def undo() -> None:
+            for module, name, old, _ in self.targets:
+                setattr(module, name, old)
+
+        return undo
+
+
+def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ...]]], at: int) -> Iterator[_Change]:
+    """Changes that might mend the operation at index `at`, the likeliest first."""
+    modules = dict(small.named_modules())
+    ops = each.trace.ops
+    path = ops[min(at, len(ops) - 1)].module
+    scopes = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        scopes.append(path)
+    for scope in scopes:
+        module = modules[scope]
+        alike = [(n, m) for n, m in modules.items() if type(m) is type(module)] if scope else [(scope, module)]
+        for name, value in list(vars(module).items()):
+            if not _holds_width(name, value):
+                continue
+            for choice in range(3):
+                targets = []
+                for other_scope, other in alike:
+                    old = vars(other).get(name)
+                    if old is None or not _holds_width(name, old):
+                        continue
+                    new = _replaced(old, _changed_sizes(each, predicted, other_scope), choice)
+                    if new is not None:
+                        targets.append((other, name, old, new))
+                if targets:
+                    yield _Change(targets)
+
+
+def _holds_width(name: str, value: Any) -> bool:
+    if name.startswith("_") or isinstance(value, bool) or name == "training":
+        return False
+    if isinstance(value, int):
+        return value > 1
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
+
+
+def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str) -> Sizes:
+    """Old size -> new sizes, over all tensors that operations inside a module write."""
+    sizes: Sizes = {}
+    prefix = f"{scope}." if scope else ""
+    for op, shapes in zip(each.trace.ops, predicted, strict=True):
+        if op.module != scope and not op.module.startswith(prefix):
+            continue
+        for out, new in zip(op.outputs, shapes, strict=True):
+            for before, after in zip(each.trace.tensors[out].shape, new, strict=True):
+                if before != after:
+                    sizes.setdefault(before, set()).add(after)
+    return sizes
+
+
+def _replaced(old: Any, sizes: Sizes, choice: int) -> Any:
+    """`old` with sizes replaced: the choice-th new size of each; None where nothing changes."""
+
+    def one(value: int) -> int:
+        news = sorted(sizes.get(value, ()))
+        return news[choice] if choice < len(news) else value
+
+    new = one(old) if isinstance(old, int) else type(old)(one(v) for v in old)
+    return None if new == old else new
