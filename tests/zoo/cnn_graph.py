@@ -1,4 +1,4 @@
-"""Forms of the whole model: shared and frozen modules, several inputs and outputs, heads used only in training."""
+"""Forms of the whole model: shared and frozen modules, several inputs and outputs, training-only heads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ class SharedModule(nn.Module):
 
 
 @register(
-    "siamese", lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)), "cnn", "multi_input", "shared"
+    "siamese_absdiff",
+    lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)),
+    "cnn",
+    "multi_input",
+    "shared",
 )
 class Siamese(nn.Module):
     def __init__(self):

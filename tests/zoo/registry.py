@@ -60,8 +60,9 @@ def _draw_bias_(p: Tensor) -> None:
 def randomize_(model: nn.Module) -> nn.Module:
     """Replace the values of a fresh initialisation behind which an error could hide (in place).
 
-    Norms get random affine parameters and running statistics, biases become nonzero, and any other
-    parameter that is constant (layer scale, zero-initialised tokens, PReLU slopes) becomes varied.
+    Norms get random affine parameters and running statistics, biases become nonzero, any other parameter
+    that is constant (layer scale, zero-initialised tokens, PReLU slopes) becomes varied, and small weights
+    grow, so that few channels are dead behind a ReLU.
     """
     for module in model.modules():
         for key, p in module.named_parameters(recurse=False):
@@ -76,12 +77,19 @@ def randomize_(model: nn.Module) -> nn.Module:
                 _draw_bias_(p)
             elif bool((p == p.flatten()[0]).all()):
                 _vary_(p)
+            elif isinstance(module, _CONVS) and key == "weight" and p.dim() > 1:
+                _scale_up_(p)
         for key, b in module.named_buffers(recurse=False):
             if key == "running_mean":
                 b.normal_(0.0, 0.5)
             elif key == "running_var":
                 b.uniform_(0.5, 2.0)
     return model
+
+
+def _scale_up_(p: Tensor) -> None:
+    """Raise a weight to He's scale: PyTorch's own is smaller, and biases would then decide every ReLU."""
+    p.mul_(max(1.0, (2.0 / p[0].numel()) ** 0.5 / float(p.std())))
 
 
 def _vary_(p: Tensor) -> None:
