@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,6 @@ class FunctionalLinear(nn.Module):
 
 @register("einsum_mlp", sequences, "raw")
 class EinsumMlp(nn.Module):
-    """Parameters stored input-first, the JAX way."""
-
     def __init__(self, dim=16, hidden=24):
         super().__init__()
         self.embed = nn.Parameter(torch.randn(6, dim) * 0.4)
@@ -64,7 +63,7 @@ class EinsumMlp(nn.Module):
 class ParameterListMlp(nn.Module):
     def __init__(self, sizes=(10, 16, 20, 4)):
         super().__init__()
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([nn.Parameter(torch.randn(i, o) / math.sqrt(i)) for i, o in pairs])
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(o)) for _, o in pairs])
 
@@ -116,8 +115,7 @@ class GruClassifier(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)
-        output, _ = self.gru(x)
-        return self.head(output[:, -1, :])
+        return self.head(self.gru(x)[0][:, -1, :])
 
 
 @register("pointnet", lambda: torch.randn(3, 3, 20), "points")
@@ -127,7 +125,8 @@ class PointNet(nn.Module):
     def __init__(self, width=32):
         super().__init__()
         self.width = width
-        self.stn, self.stn_fc = nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU()), nn.Linear(16, 9)
+        self.stn = nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU())
+        self.stn_fc = nn.Linear(16, 9)
         self.conv1, self.bn1 = nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16)
         self.conv2, self.bn2 = nn.Conv1d(16, width, 1), nn.BatchNorm1d(width)
         self.conv3, self.bn3 = nn.Conv1d(width + 16, 24, 1), nn.BatchNorm1d(24)
@@ -135,13 +134,12 @@ class PointNet(nn.Module):
         self.seg = nn.Conv1d(24, 4, 1)
 
     def forward(self, x):
-        n_pts = x.size(2)
         trans = self.stn_fc(torch.max(self.stn(x), 2)[0]).view(-1, 3, 3)
         trans = trans + torch.eye(3, dtype=x.dtype, device=x.device)
         x = torch.bmm(x.transpose(2, 1), trans).transpose(2, 1)
         pointfeat = F.relu(self.bn1(self.conv1(x)))
         x = torch.max(self.bn2(self.conv2(pointfeat)), 2, keepdim=True)[0].view(-1, self.width)
-        spread = torch.cat([x.view(-1, self.width, 1).repeat(1, 1, n_pts), pointfeat], 1)
+        spread = torch.cat([x.view(-1, self.width, 1).repeat(1, 1, pointfeat.size(2)), pointfeat], 1)
         return self.fc2(F.relu(self.fc1(x))), self.seg(F.relu(self.bn3(self.conv3(spread))))
 
 
@@ -157,8 +155,6 @@ class GraphConvolution(nn.Module):
 
 @register("gnn", lambda: (torch.randn(2, 7, 6), (torch.rand(2, 7, 7) < 0.4).float()), "graph", "raw")
 class Gnn(nn.Module):
-    """pygcn's layers on a batch of dense graphs, normalised by degree, then a mean and a sum readout."""
-
     def __init__(self, hidden=16):
         super().__init__()
         self.gc1, self.gc2 = GraphConvolution(6, hidden), GraphConvolution(hidden, 24)
@@ -187,7 +183,7 @@ class Tabular(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embeds = nn.ModuleList([nn.Embedding(n, d) for n, d in zip(CARDINALITIES, (4, 5, 3), strict=True)])
+        self.embeds = nn.ModuleList([nn.Embedding(n, 2 + n // 2) for n in CARDINALITIES])
         n_emb = sum(e.embedding_dim for e in self.embeds)
         self.bn_cont = nn.BatchNorm1d(4)
         self.layers = nn.Sequential(
@@ -208,9 +204,8 @@ class WideAndDeep(nn.Module):
         self.wide, self.wide_dense = nn.Embedding(sum(CARDINALITIES), 1), nn.Linear(4, 1)
         self.embedding = nn.Embedding(sum(CARDINALITIES), dim)
         self.embed_output_dim = len(CARDINALITIES) * dim
-        self.mlp = nn.Sequential(
-            nn.Linear(self.embed_output_dim + 4, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1)
-        )
+        tail = [nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1)]
+        self.mlp = nn.Sequential(nn.Linear(self.embed_output_dim + 4, 24), *tail)
 
     def forward(self, x_cat, x_cont):
         ids = x_cat + x_cat.new_tensor(self.offsets).unsqueeze(0)
@@ -249,8 +244,6 @@ class Siamese(nn.Module):
 
 @register("highway_mlp", rows, "gated")
 class HighwayMlp(nn.Module):
-    """Highway layers (one Linear for value and gate, cut by chunk), then a GLU."""
-
     def __init__(self, dim=16):
         super().__init__()
         self.inp = nn.Linear(10, dim)
@@ -271,8 +264,10 @@ class ResidualMlp(nn.Module):
     def __init__(self, dim=16, hidden=24):
         super().__init__()
         self.inp = nn.Linear(10, dim)
-        block = lambda: nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))  # noqa
-        self.blocks = nn.ModuleList([block() for _ in range(3)])
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            layers = [nn.BatchNorm1d(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)]
+            self.blocks.append(nn.Sequential(*layers))
         self.head = nn.Linear(dim, 3)
 
     def forward(self, x):
@@ -280,12 +275,6 @@ class ResidualMlp(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.head(F.relu(x))
-
-
-@dataclass
-class MlpOutput:
-    logits: torch.Tensor
-    hidden: torch.Tensor | None = None
 
 
 class ModelOutput(OrderedDict):
@@ -304,73 +293,13 @@ class MlpModelOutput(ModelOutput):
 
 @register("model_output", rows, "dataclass")
 class ModelOutputMlp(nn.Module):
-    output_class = MlpModelOutput
-
     def __init__(self, hidden=16):
         super().__init__()
         self.fc1, self.fc2, self.head = nn.Linear(10, hidden), nn.Linear(hidden, 20), nn.Linear(20, 3)
 
     def forward(self, x):
         hidden = F.gelu(self.fc1(x))
-        return self.output_class(logits=self.head(F.relu(self.fc2(hidden))), hidden=hidden)
-
-
-@register("plain_dataclass", rows, "dataclass")
-class DataclassMlp(ModelOutputMlp):
-    output_class = MlpOutput
-
-
-class EinsumAttention(nn.Module):
-    """Raw parameters, one axis a head: no view or reshape at all."""
-
-    def __init__(self, dim, heads=4):
-        super().__init__()
-        d = dim // heads
-        self.wq = nn.Parameter(torch.randn(dim, heads, d) * dim**-0.5)
-        self.wk = nn.Parameter(torch.randn(dim, heads, d) * dim**-0.5)
-        self.wv = nn.Parameter(torch.randn(dim, heads, d) * dim**-0.5)
-        self.wo = nn.Parameter(torch.randn(heads, d, dim) * dim**-0.5)
-        self.bo = nn.Parameter(torch.zeros(dim))
-        self.scale = d**-0.5
-
-    def forward(self, x):
-        q = torch.einsum("bnc,chd->bhnd", x, self.wq)
-        k = torch.einsum("bnc,chd->bhnd", x, self.wk)
-        v = torch.einsum("bnc,chd->bhnd", x, self.wv)
-        attn = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) * self.scale, dim=-1)
-        out = torch.einsum("bhij,bhjd->bhid", attn, v)
-        return torch.einsum("bhnd,hdc->bnc", out, self.wo) + self.bo
-
-
-class DenseMoe(nn.Module):
-    """Every expert runs, a softmax weighs them; the experts are stacked in (E, C, F) parameters."""
-
-    def __init__(self, dim, hidden, experts=3):
-        super().__init__()
-        self.gate = nn.Linear(dim, experts, bias=False)
-        self.w1 = nn.Parameter(torch.randn(experts, dim, hidden) * dim**-0.5)
-        self.b1 = nn.Parameter(torch.randn(experts, hidden) * 0.1)
-        self.w2 = nn.Parameter(torch.randn(experts, hidden, dim) * hidden**-0.5)
-
-    def forward(self, x):
-        gates = F.softmax(self.gate(x), dim=-1)
-        h = F.gelu(torch.einsum("bnc,ecf->bnef", x, self.w1) + self.b1)
-        y = torch.einsum("bnef,efc->bnec", h, self.w2)
-        return torch.einsum("bne,bnec->bnc", gates, y)
-
-
-class MoeTransformer(nn.Module):
-    def __init__(self, dim=24):
-        super().__init__()
-        self.embed = nn.Linear(6, dim)
-        self.blocks = nn.ModuleList(Block(dim, SdpaAttention(dim), DenseMoe(dim, 20)) for _ in range(2))
-        self.head = nn.Linear(dim, 4)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return MlpModelOutput(logits=self.head(F.relu(self.fc2(hidden))), hidden=hidden)
 
 
 class SelfAttention2d(nn.Module):
@@ -394,14 +323,67 @@ class SelfAttention2d(nn.Module):
         return self.gamma * out + x
 
 
+@register("single_head_attention", image(), "vision", "attention")
 class SingleHead(nn.Module):
     def __init__(self, width=16):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width)
         self.attn = SelfAttention2d(width)
-        self.conv2 = nn.Sequential(nn.Conv2d(width, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.LeakyReLU(0.2))
+        self.conv2 = nn.Conv2d(width, 24, 3, 2, 1)
         self.fc = nn.Linear(24, 5)
 
     def forward(self, x):
-        x = self.conv2(self.attn(self.conv1(x)))
+        x = F.leaky_relu(self.conv2(self.attn(F.relu(self.bn1(self.conv1(x))))), 0.2)
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class T5Attention(nn.Module):
+    def __init__(self, d_model, heads, d_kv):
+        super().__init__()
+        self.n_heads, self.key_value_proj_dim, self.inner_dim = heads, d_kv, heads * d_kv
+        self.q, self.k, self.v = (nn.Linear(d_model, self.inner_dim, bias=False) for _ in range(3))
+        self.o = nn.Linear(self.inner_dim, d_model, bias=False)
+
+    def forward(self, x, position_bias):
+        shape = (x.shape[0], -1, self.n_heads, self.key_value_proj_dim)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attn = F.softmax(torch.matmul(q, k.transpose(3, 2)) + position_bias, dim=-1)
+        return self.o(torch.matmul(attn, v).transpose(1, 2).contiguous().view(x.shape[0], -1, self.inner_dim))
+
+
+@register("t5_encoder", tokens, "text", "attention")
+class T5Encoder(nn.Module):
+    """One table of relative biases, Embedding(num_buckets, heads), shared by all layers."""
+
+    def __init__(self, d_model=24, heads=4, d_kv=8):
+        super().__init__()
+        self.shared, self.relative_attention_bias = nn.Embedding(VOCAB, d_model), nn.Embedding(16, heads)
+        self.attn = nn.ModuleList([T5Attention(d_model, heads, d_kv) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.RMSNorm(d_model, eps=1e-6) for _ in range(5)])
+        self.wi_0 = nn.ModuleList([nn.Linear(d_model, 40, bias=False) for _ in range(2)])
+        self.wi_1 = nn.ModuleList([nn.Linear(d_model, 40, bias=False) for _ in range(2)])
+        self.wo = nn.ModuleList([nn.Linear(40, d_model, bias=False) for _ in range(2)])
+
+    def compute_bias(self, length, device):
+        relative = torch.arange(length, device=device)[None, :] - torch.arange(length, device=device)[:, None]
+        n = relative.abs()
+        large = (4 + torch.log(n.clamp(min=1).float() / 4) / math.log(32 / 4) * 4).long().clamp(max=7)
+        bucket = (relative > 0).long() * 8 + torch.where(n < 4, n, large)
+        return self.relative_attention_bias(bucket).permute([2, 0, 1]).unsqueeze(0)
+
+    def forward(self, ids):
+        x, bias = self.shared(ids), self.compute_bias(ids.size(1), ids.device)
+        for i, attn in enumerate(self.attn):
+            x = x + attn(self.norms[2 * i](x), bias)
+            h = self.norms[2 * i + 1](x)
+            x = x + self.wo[i](F.gelu(self.wi_0[i](h), approximate="tanh") * self.wi_1[i](h))
+        return self.norms[-1](x)
+
+
+def plain_mlp(norm):
+    hidden = [nn.Linear(10, 24), norm(24), nn.ReLU(), nn.Linear(24, 16), norm(16), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(16, 3))
+
+
+register("mlp_batchnorm", rows)(lambda: plain_mlp(nn.BatchNorm1d))
+register("mlp_layernorm", rows)(lambda: plain_mlp(nn.LayerNorm))

@@ -341,9 +341,8 @@ class OpticalFlow(nn.Module):
             nn.Conv2d(3, width, 3, 2, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 24, 3, 2, 1), nn.LeakyReLU(0.1)
         )
         self.redir = nn.Conv2d(24, 8, 1)
-        cin = (2 * radius + 1) ** 2 + 8
-        self.decoder = nn.Sequential(nn.Conv2d(cin, 20, 3, 1, 1), nn.LeakyReLU(0.1), nn.Conv2d(20, width, 3, 1, 1))
-        self.flow = nn.Conv2d(width, 2, 3, 1, 1)
+        self.conv1 = nn.Conv2d((2 * radius + 1) ** 2 + 8, 20, 3, 1, 1)
+        self.conv2, self.flow = nn.Conv2d(20, width, 3, 1, 1), nn.Conv2d(width, 2, 3, 1, 1)
 
     def corr(self, f1, f2):
         r, (_, _, h, w) = self.radius, f1.shape
@@ -357,15 +356,16 @@ class OpticalFlow(nn.Module):
     def forward(self, img1, img2):
         f1, f2 = self.encoder(img1), self.encoder(img2)
         x = torch.cat([F.leaky_relu(self.corr(f1, f2), 0.1), self.redir(f1)], dim=1)
-        flow = self.flow(F.leaky_relu(self.decoder(x), 0.1))
+        flow = self.flow(F.leaky_relu(self.conv2(F.leaky_relu(self.conv1(x), 0.1)), 0.1))
         return F.interpolate(flow * 4.0, scale_factor=4, mode="bilinear", align_corners=False)
+
 
 @register("autoencoder_unflatten", image(1, 8), "vision", "generative")
 class Autoencoder(nn.Module):
     def __init__(self):
         super().__init__()
-        convs = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(True), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16)]
-        self.encoder = nn.Sequential(*convs, nn.ReLU(True), nn.Flatten(start_dim=1), nn.Linear(2 * 2 * 16, 12))
+        convs = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(True), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(True)]
+        self.encoder = nn.Sequential(*convs, nn.Flatten(start_dim=1), nn.Linear(2 * 2 * 16, 12))
         lin = [nn.Linear(12, 2 * 2 * 16), nn.ReLU(True), nn.Unflatten(dim=1, unflattened_size=(16, 2, 2))]
         self.decoder = nn.Sequential(
             *lin, nn.ConvTranspose2d(16, 8, 2, 2), nn.ReLU(True), nn.ConvTranspose2d(8, 1, 2, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def register(
     return wrap
 
 
-def image(channels: int = 3, size: int = 16, batch: int = 2) -> Callable[[], Tensor]:
+def image(channels: int = 3, size: int = 16, batch: int = 3) -> Callable[[], Tensor]:
     """Return a factory of random images, shape (batch, channels, size, size)."""
     return lambda: torch.randn(batch, channels, size, size)
 
@@ -144,6 +144,8 @@ def flat_tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in flat_tensors(v)]
     return []

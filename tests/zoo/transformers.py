@@ -36,8 +36,6 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The pre-norm residual block around any attention module."""
-
     def __init__(self, dim, attn, mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -108,21 +106,55 @@ class QkNormAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class VisionTransformer(nn.Module):
-    """The timm skeleton with mean pooling, around one kind of attention."""
+class EinsumAttention(nn.Module):
+    def __init__(self, dim, heads=4):
+        super().__init__()
+        d = dim // heads
+        self.wq, self.wk, self.wv = (nn.Parameter(torch.randn(dim, heads, d) * dim**-0.5) for _ in range(3))
+        self.wo = nn.Parameter(torch.randn(heads, d, dim) * dim**-0.5)
+        self.bo = nn.Parameter(torch.zeros(dim))
+        self.scale = d**-0.5
 
-    def __init__(self, attention, dim=32, depth=2, num_classes=5):
+    def forward(self, x):
+        q, k, v = (torch.einsum("bnc,chd->bhnd", x, w) for w in (self.wq, self.wk, self.wv))
+        attn = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) * self.scale, dim=-1)
+        out = torch.einsum("bhij,bhjd->bhid", attn, v)
+        return torch.einsum("bhnd,hdc->bnc", out, self.wo) + self.bo
+
+
+class DenseMoe(nn.Module):
+    """Every expert runs, a softmax weighs them; the experts are stacked in (E, C, F) parameters."""
+
+    def __init__(self, dim, hidden, experts=3):
+        super().__init__()
+        self.gate = nn.Linear(dim, experts, bias=False)
+        self.w1 = nn.Parameter(torch.randn(experts, dim, hidden) * dim**-0.5)
+        self.b1 = nn.Parameter(torch.randn(experts, hidden) * 0.1)
+        self.w2 = nn.Parameter(torch.randn(experts, hidden, dim) * hidden**-0.5)
+
+    def forward(self, x):
+        gates = F.softmax(self.gate(x), dim=-1)
+        h = F.gelu(torch.einsum("bnc,ecf->bnef", x, self.w1) + self.b1)
+        y = torch.einsum("bnef,efc->bnec", h, self.w2)
+        return torch.einsum("bne,bnec->bnc", gates, y)
+
+
+class VisionTransformer(nn.Module):
+    """The timm skeleton with mean pooling, around one kind of token mixing."""
+
+    def __init__(self, attention, mlp=Mlp, pos=True, dim=32, depth=2, num_classes=5):
         super().__init__()
         self.patch_embed = PatchEmbed(4, dim)
-        self.pos_embed = nn.Parameter(torch.randn(1, 9, dim) * 0.2)
-        self.blocks = nn.Sequential(*[Block(dim, attention(dim), Mlp(dim, dim * 2)) for _ in range(depth)])
+        self.pos_embed = nn.Parameter(torch.randn(1, 9, dim) * 0.2) if pos else None
+        self.blocks = nn.Sequential(*[Block(dim, attention(dim), mlp(dim, dim * 2)) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x):
-        x = self.patch_embed(x) + self.pos_embed
-        x = self.norm(self.blocks(x))
-        return self.head(x.mean(dim=1))
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return self.head(self.norm(self.blocks(x)).mean(dim=1))
 
 
 class MhaBlock(nn.Module):
@@ -150,7 +182,7 @@ class VitMha(nn.Module):
         self.conv_proj = nn.Conv2d(3, dim, 4, 4)
         self.class_token = nn.Parameter(torch.randn(1, 1, dim) * 0.2)
         self.pos_embedding = nn.Parameter(torch.randn(1, 9 + 1, dim) * 0.2)
-        self.layers = nn.ModuleList(MhaBlock(dim, heads) for _ in range(depth))
+        self.layers = nn.Sequential(*[MhaBlock(dim, heads) for _ in range(depth)])
         self.ln = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 
@@ -158,9 +190,7 @@ class VitMha(nn.Module):
         n, _, h, w = x.shape
         x = self.conv_proj(x).reshape(n, self.hidden_dim, (h // 4) * (w // 4)).permute(0, 2, 1)
         x = torch.cat([self.class_token.expand(n, -1, -1), x], dim=1) + self.pos_embedding
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.ln(x)[:, 0])
+        return self.head(self.ln(self.layers(x))[:, 0])
 
 
 @register("encoder_layer", sequences, "attention", "mha")
@@ -179,30 +209,15 @@ class EncoderLayerModel(nn.Module):
         return self.head(self.encoder(self.embed(x)).mean(1))
 
 
-class MixerBlock(nn.Module):
-    def __init__(self, dim, tokens):
+class TokenMlp(nn.Module):
+    """The Mixer's token mixing: an MLP over the nine tokens, channels kept apart."""
+
+    def __init__(self, dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.mlp_tokens = Mlp(tokens, 16)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp_channels = Mlp(dim, 48)
+        self.mlp_tokens = Mlp(9, 16)
 
     def forward(self, x):
-        x = x + self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.mlp_channels(self.norm2(x))
-
-
-@register("mlp_mixer", images, "vision")
-class MlpMixer(nn.Module):
-    def __init__(self, dim=24, num_classes=5):
-        super().__init__()
-        self.stem = PatchEmbed(4, dim)
-        self.blocks = nn.Sequential(*[MixerBlock(dim, 9) for _ in range(2)])
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
-
-    def forward(self, x):
-        return self.head(self.norm(self.blocks(self.stem(x))).mean(dim=1))
+        return self.mlp_tokens(x.transpose(1, 2)).transpose(1, 2)
 
 
 def window_partition(x, window_size):
@@ -308,8 +323,7 @@ class Swin(nn.Module):
     def forward(self, x):
         x = self.stage1(self.patch_norm(self.patch_embed(x)))
         x = self.norm(self.stage2(self.merge(x)))
-        x = self.avgpool(x.transpose(1, 2))
-        return self.head(torch.flatten(x, 1))
+        return self.head(torch.flatten(self.avgpool(x.transpose(1, 2)), 1))
 
 
 class BertSelfAttention(nn.Module):
@@ -377,3 +391,6 @@ register("vit_timm", images, "vision", "attention")(lambda: VisionTransformer(Ti
 register("vit_sdpa", images, "vision", "attention")(lambda: VisionTransformer(SdpaAttention))
 register("vit_qk_norm", images, "vision", "attention")(lambda: VisionTransformer(QkNormAttention))
 register("encoder_layer_prenorm", sequences, "attention", "mha")(lambda: EncoderLayerModel(24, True, "gelu"))
+register("einsum_attention", images, "vision", "attention", "raw")(lambda: VisionTransformer(EinsumAttention))
+register("moe", images, "vision", "attention", "raw")(lambda: VisionTransformer(SdpaAttention, DenseMoe))
+register("mlp_mixer", images, "vision")(lambda: VisionTransformer(TokenMlp, pos=False))

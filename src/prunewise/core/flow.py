@@ -56,19 +56,19 @@ class Flow:
         for name, index in trace.state.items():
             info = trace.tensors[index]
             if info.name not in self.state:
-                self.state[info.name] = self._fresh_state(info.name, info.shape)
+                self.state[info.name] = self._fresh_state(info.name, info.shape, strong=info.kind == "param")
             self.state[name] = self.state[info.name]
             self.layouts[index] = self.state[info.name]
             if info.kind == "param":
                 self.origins[index] = info.name
 
-    def _fresh_state(self, name: str, shape: tuple[int, ...]) -> Layout:
+    def _fresh_state(self, name: str, shape: tuple[int, ...], *, strong: bool) -> Layout:
         blocks = []
         for dim, size in enumerate(shape):
             if size > 1:
                 self._starts.append(len(self.store))
                 self._dims.append((name, dim))
-                blocks.append(Block((dim,), self.store.fresh(size)))
+                blocks.append(Block((dim,), self.store.fresh(size, strong=strong)))
         return Layout(shape, tuple(blocks))
 
     def state_dim(self, labels: LabelArray) -> tuple[str, int] | None:

@@ -27,14 +27,15 @@ class LabelStore:
     def __init__(self) -> None:
         self._parent: LabelArray = np.arange(4096, dtype=np.int64)
         self._touched = np.zeros(4096, dtype=bool)
+        self._strong = np.zeros(4096, dtype=bool)
         self._count = 0
         self.pins: list[tuple[LabelArray, str]] = []
 
     def __len__(self) -> int:
         return self._count
 
-    def fresh(self, n: int) -> LabelArray:
-        """`n` new labels, each a class of its own."""
+    def fresh(self, n: int, *, strong: bool = False) -> LabelArray:
+        """`n` new labels, each a class of its own; `strong` ones belong to a parameter."""
         start, end = self._count, self._count + n
         if end > len(self._parent):
             size = max(end, 2 * len(self._parent))
@@ -42,8 +43,11 @@ class LabelStore:
             parent[:start] = self._parent[:start]
             touched = np.zeros(size, dtype=bool)
             touched[:start] = self._touched[:start]
-            self._parent, self._touched = parent, touched
+            strengths = np.zeros(size, dtype=bool)
+            strengths[:start] = self._strong[:start]
+            self._parent, self._touched, self._strong = parent, touched, strengths
         self._count = end
+        self._strong[start:end] = strong
         return np.arange(start, end, dtype=np.int64)
 
     def roots(self, labels: LabelArray) -> LabelArray:
@@ -71,6 +75,7 @@ class LabelStore:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where `high` repeats, the last write wins; the loop goes on until every pair is one class.
             self._parent[high] = low
+            np.logical_or.at(self._strong, low, self._strong[high])
             a, b = self.roots(a), self.roots(b)
             apart = a != b
 
@@ -83,6 +88,10 @@ class LabelStore:
     def pin(self, labels: LabelArray, reason: str) -> None:
         """The channels of these labels must stay; `reason` is shown to the user."""
         self.pins.append((labels.reshape(-1), reason))
+
+    def is_weak(self, labels: LabelArray) -> bool:
+        """True when no parameter has any of these labels: constants and buffers only."""
+        return not self._strong[self.roots(labels)].any()
 
     def is_untouched(self, labels: LabelArray) -> bool:
         """True when none of these labels was ever united with another."""
@@ -153,6 +162,11 @@ def fix(store: LabelStore, layout: Layout, dim: int, reason: str) -> Layout:
     return layout.replace(block, Block(block.dims[:axis] + block.dims[axis + 1 :], labels))
 
 
+def _pinned(store: LabelStore, layout: Layout, block: Block, reason: str) -> Layout:
+    store.pin(block.labels, reason)
+    return layout.without(block)
+
+
 def fix_all(store: LabelStore, layout: Layout, reason: str) -> Layout:
     """Nothing of this tensor may be removed."""
     for block in layout.blocks:
@@ -184,6 +198,15 @@ def _join_two(store: LabelStore, x: Layout, y: Layout, reason: str) -> Layout:
             if (p is None) == (q is None):
                 if p is None or q is None or p.dims == q.dims:
                     continue
+                # A table of constants (rotary embeddings, say) must not decide between heads and head size.
+                if store.is_weak(q.labels):
+                    y = _pinned(store, y, q, reason)
+                    changed = True
+                    break
+                if store.is_weak(p.labels):
+                    x = _pinned(store, x, p, reason)
+                    changed = True
+                    break
                 # Joint on one side only: what the two do not have in common cannot be removed apart.
                 common = set(p.dims) & set(q.dims)
                 for extra in set(p.dims) - common:
@@ -260,7 +283,7 @@ def reshape(store: LabelStore, layout: Layout, shape: tuple[int, ...], reason: s
     owner: dict[int, Block] = {}  # segment -> the one block whose labels pass through it
     # One block is followed; a second one in the same segment would need labels for pairs. Labels that nothing is
     # tied to yet (those of an expanded dimension, or a fresh weight's) give way, then the minor to the major dimension.
-    order = sorted(layout.blocks, key=lambda b: (len(b.dims) == 1 and store.is_untouched(b.labels), b.dims))
+    order = sorted(layout.blocks, key=lambda b: (store.is_weak(b.labels), len(b.dims) == 1 and store.is_untouched(b.labels), b.dims))
     survivors = []
     for block in order:
         own = {home[d] for d in block.dims}

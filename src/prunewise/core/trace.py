@@ -125,13 +125,13 @@ class _Recorder(TorchDispatchMode):
         def ref(leaf: Any) -> Any:
             return Ref(self.register(leaf, "constant")) if isinstance(leaf, Tensor) else leaf
 
-        out = func(*args, **kwargs)
         if func.namespace == "prim":  # asks for a device or a layout: no data flows
-            return out
+            return func(*args, **kwargs)
         schema = func._schema.arguments
         bound = {a.name: a.default_value for a in schema if a.has_default_value()}
         bound.update({a.name: tree_map(ref, v) for a, v in zip(schema, args, strict=False)})
         bound.update({k: tree_map(ref, v) for k, v in kwargs.items()})
+        out = func(*args, **kwargs)
         outputs = tuple(self.register(t, "op") for t in tree_flatten(out)[0] if isinstance(t, Tensor))
         module = self._stack[-1] if self._stack else ""
         self.trace.ops.append(Op(len(self.trace.ops), func, bound, outputs, module, _user_line()))
@@ -172,6 +172,20 @@ def _module_stack(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever `forward` stores on modules (caches, weights made by hooks) is put back: fake tensors must not leak."""
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in set(now) - set(attributes):
+                del now[name]
+            now.update(attributes)
 
 
 @contextmanager
@@ -244,6 +258,7 @@ def record_partly(
     named += [(n, b, "buffer") for n, b in model.named_buffers(remove_duplicate=False)]
     with (
         _module_stack(model) as stack,
+        _attributes_kept(model),
         _mode(model, training),
         _plain_attention(),
         torch.no_grad(),

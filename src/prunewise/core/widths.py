@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import CostModel
 from prunewise.core.structure import Pass
 from prunewise.core.trace import Inputs, Op, Trace, record_partly
@@ -58,25 +59,48 @@ def _fit_pass(
 def _first_difference(
     small: nn.Module, inputs: Inputs, old: Trace, predicted: list[list[tuple[int, ...]]], training: bool
 ) -> tuple[int, str | None]:
-    """Index of the first operation that is not as predicted, and what is wrong; (count, None) if all are."""
+    """Index (in the old trace) of the first operation that is not as predicted, and what is wrong; (count, None) if all are.
+
+    Views and copies are passed over: what they do shows in the operations that compute. So are the insides of modules that
+    surgery put another class in the place of.
+    """
     new, error = record_partly(small, inputs, training=training)
-    for i, (a, b) in enumerate(zip(old.ops, new.ops, strict=False)):
+    replaced = {n for n, m in small.named_modules() if isinstance(m, PrunedMultiheadAttention)}
+    before = [op for op in old.ops if _computes(op, replaced)]
+    after = [op for op in new.ops if _computes(op, replaced)]
+    for a, b in zip(before, after, strict=False):
         where = f"{b.func} in {b.module or 'the model'} ({b.where})"
         if a.func is not b.func or len(a.outputs) != len(b.outputs):
-            return i, f"the pruned forward takes another path: {where} instead of {a.func}"
-        for out, want in zip(b.outputs, predicted[i], strict=True):
+            return a.index, f"the pruned forward takes another path: {where} instead of {a.func}"
+        for out, want in zip(b.outputs, predicted[a.index], strict=True):
             if new.tensors[out].shape != want:
-                return i, f"{where} gives shape {new.tensors[out].shape}, should be {want}: a width is written into the code"
+                shape = new.tensors[out].shape
+                return a.index, f"{where} gives shape {shape}, should be {want}: a width is written into the code"
         scalar = _changed_scalar(a, b)
         if scalar is not None:
-            return i, f"{where}: the number {scalar} is computed from a width"
-    if error is not None:
-        i = len(new.ops)
-        where = old.ops[i].where if i < len(old.ops) else "the end"
-        return i, f"the pruned forward fails at {where}: {error.__cause__ or error}"
-    if len(new.ops) != len(old.ops):
-        return min(len(new.ops), len(old.ops)), "the pruned forward takes another path"
+            return a.index, f"{where}: the number {scalar} is computed from a width"
+    if error is not None or len(after) != len(before):
+        at = _failed_at(before, after, old, new)
+        where = old.ops[at].where if at < len(old.ops) else "the end"
+        cause = error.__cause__ if error is not None else "another number of operations"
+        return at, f"the pruned forward fails at {where}: {cause}"
     return len(old.ops), None
+
+
+def _computes(op: Op, replaced: set[str]) -> bool:
+    if any(op.module == name or op.module.startswith(f"{name}.") for name in replaced):
+        return False
+    return op.name not in ("clone", "_unsafe_view", "contiguous") and not any(
+        r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns
+    )
+
+
+def _failed_at(before: list[Op], after: list[Op], old: Trace, new: Trace) -> int:
+    """Index in the old trace of the operation at which the new one stopped: the same number of views after the last match."""
+    if not after or len(after) > len(before):
+        return 0 if not after else len(old.ops) - 1
+    extra = len(new.ops) - 1 - after[-1].index
+    return min(before[len(after) - 1].index + extra + 1, len(old.ops) - 1)
 
 
 def _changed_scalar(a: Op, b: Op) -> Any:
@@ -116,19 +140,19 @@ def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ..
     while path:
         path = path.rpartition(".")[0]
         scopes.append(path)
+    here = _changed_sizes(each, predicted, "", range(max(at - 1, 0), min(at + 2, len(ops))))
     for scope in scopes:
         module = modules[scope]
         alike = [(n, m) for n, m in modules.items() if type(m) is type(module)] if scope else [(scope, module)]
+        sizes = {n: _changed_sizes(each, predicted, n) for n, _ in alike}
         for name, value in list(vars(module).items()):
-            if not _holds_width(name, value):
+            if not _holds_width(name, value) or _replaced(value, here, 0) is None:
                 continue
             for choice in range(3):
                 targets = []
                 for other_scope, other in alike:
                     old = vars(other).get(name)
-                    if old is None or not _holds_width(name, old):
-                        continue
-                    new = _replaced(old, _changed_sizes(each, predicted, other_scope), choice)
+                    new = _replaced(old, sizes[other_scope], choice) if _holds_width(name, old) else None
                     if new is not None:
                         targets.append((other, name, old, new))
                 if targets:
@@ -143,15 +167,18 @@ def _holds_width(name: str, value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
 
 
-def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str) -> Sizes:
-    """Old size -> new sizes, over all tensors that operations inside a module write."""
+def _changed_sizes(
+    each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None
+) -> Sizes:
+    """Old size -> new sizes, over the tensors that operations inside a module (and in a range) read or write."""
     sizes: Sizes = {}
     prefix = f"{scope}." if scope else ""
-    for op, shapes in zip(each.trace.ops, predicted, strict=True):
+    shapes = each.trace.tensors
+    for op in each.trace.ops if at is None else [each.trace.ops[i] for i in at]:
         if op.module != scope and not op.module.startswith(prefix):
             continue
-        for out, new in zip(op.outputs, shapes, strict=True):
-            for before, after in zip(each.trace.tensors[out].shape, new, strict=True):
+        for out, new in zip(op.outputs, predicted[op.index], strict=True):
+            for before, after in zip(shapes[out].shape, new, strict=True):
                 if before != after:
                     sizes.setdefault(before, set()).add(after)
     return sizes

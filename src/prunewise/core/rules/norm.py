@@ -59,9 +59,10 @@ def group_norm(flow: Flow, op: Op) -> list[Layout]:
         if groups == 1:
             x = flow.fix(x, [1], op)
         else:
-            rows = flow.store.unite_along(labels.reshape(groups, -1), 1)
-            flow.group_counts[op.index] = rows
-    return [x if flow.shape(o) == x.shape else Layout(flow.shape(o)) for o in op.outputs]
+            flow.group_counts[op.index] = flow.store.unite_along(labels.reshape(groups, -1), 1)
+    rows = flow.group_counts.get(op.index)
+    statistics = () if rows is None else (Block((1,), rows),)
+    return [x if flow.shape(o) == x.shape else Layout(flow.shape(o), statistics) for o in op.outputs]
 
 
 @rule("_weight_norm_interface", "_weight_norm")
