@@ -109,8 +109,7 @@ class LstmClassifier(nn.Module):
 class GruClassifier(nn.Module):
     def __init__(self, hidden=16):
         super().__init__()
-        self.conv = nn.Conv1d(6, 16, 3, padding=1)
-        self.gru = nn.GRU(16, hidden, batch_first=True)
+        self.conv, self.gru = nn.Conv1d(6, 16, 3, padding=1), nn.GRU(16, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 4)
 
     def forward(self, x):
@@ -130,8 +129,7 @@ class PointNet(nn.Module):
         self.conv1, self.bn1 = nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16)
         self.conv2, self.bn2 = nn.Conv1d(16, width, 1), nn.BatchNorm1d(width)
         self.conv3, self.bn3 = nn.Conv1d(width + 16, 24, 1), nn.BatchNorm1d(24)
-        self.fc1, self.fc2 = nn.Linear(width, 16), nn.Linear(16, 5)
-        self.seg = nn.Conv1d(24, 4, 1)
+        self.fc1, self.fc2, self.seg = nn.Linear(width, 16), nn.Linear(16, 5), nn.Conv1d(24, 4, 1)
 
     def forward(self, x):
         trans = self.stn_fc(torch.max(self.stn(x), 2)[0]).view(-1, 3, 3)
@@ -210,8 +208,7 @@ class WideAndDeep(nn.Module):
     def forward(self, x_cat, x_cont):
         ids = x_cat + x_cat.new_tensor(self.offsets).unsqueeze(0)
         deep = torch.cat([self.embedding(ids).view(-1, self.embed_output_dim), x_cont], dim=1)
-        wide = self.wide(ids).sum(dim=1) + self.wide_dense(x_cont)
-        return torch.sigmoid(wide + self.mlp(deep)).squeeze(1)
+        return torch.sigmoid(self.wide(ids).sum(dim=1) + self.wide_dense(x_cont) + self.mlp(deep)).squeeze(1)
 
 
 @register("embedding_bag", lambda: {"ids": tokens(), "weights": torch.rand(3, 8)}, "text")
@@ -277,6 +274,12 @@ class ResidualMlp(nn.Module):
         return self.head(F.relu(x))
 
 
+@dataclass
+class MlpOutput:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
 class ModelOutput(OrderedDict):
     """The idea of transformers' ModelOutput: a dataclass that is an ordered mapping too."""
 
@@ -293,13 +296,20 @@ class MlpModelOutput(ModelOutput):
 
 @register("model_output", rows, "dataclass")
 class ModelOutputMlp(nn.Module):
+    output_class = MlpModelOutput
+
     def __init__(self, hidden=16):
         super().__init__()
         self.fc1, self.fc2, self.head = nn.Linear(10, hidden), nn.Linear(hidden, 20), nn.Linear(20, 3)
 
     def forward(self, x):
         hidden = F.gelu(self.fc1(x))
-        return MlpModelOutput(logits=self.head(F.relu(self.fc2(hidden))), hidden=hidden)
+        return self.output_class(logits=self.head(F.relu(self.fc2(hidden))), hidden=hidden)
+
+
+@register("plain_dataclass", rows, "dataclass")
+class DataclassMlp(ModelOutputMlp):
+    output_class = MlpOutput
 
 
 class SelfAttention2d(nn.Module):

@@ -254,8 +254,14 @@ def record_partly(
             memo[id(leaf)] = fake.from_tensor(leaf.detach())
         return memo[id(leaf)]
 
-    named = [(n, p, "param") for n, p in model.named_parameters(remove_duplicate=False)]
-    named += [(n, b, "buffer") for n, b in model.named_buffers(remove_duplicate=False)]
+    # A module that is registered under two names must be swapped once: `functional_call` would put the fake back.
+    named = [
+        (f"{path}.{leaf}" if path else leaf, tensor, kind)
+        for kind in ("param", "buffer")
+        for path, module in model.named_modules()
+        for leaf, tensor in (module._parameters if kind == "param" else module._buffers).items()
+        if tensor is not None
+    ]
     with (
         _module_stack(model) as stack,
         _attributes_kept(model),
@@ -275,7 +281,7 @@ def record_partly(
                 recorder.register(leaf, "input")
         try:
             with fake, recorder:
-                out = torch.func.functional_call(model, state, args, kwargs, strict=False)
+                out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         except Exception as error:
             failure = TraceError(
                 f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "

@@ -1,0 +1,123 @@
+"""Which units stay, given how much each is worth and what it costs: the exact end of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from prunewise.core.cost import CostModel
+from prunewise.core.errors import NonFiniteError
+from prunewise.core.groups import ChannelGroup
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The constraints on a choice: absolute cost limits by kind, least units of each group, and multiples."""
+
+    costs: CostModel
+    groups: tuple[ChannelGroup, ...]
+    absolute: Mapping[str, float]
+    min_keep: int = 1
+    round_to: int = 1
+
+    def floor(self, group: ChannelGroup) -> int:
+        """The fewest units that `group` may keep."""
+        return min(group.size, max(1, self.min_keep, min(self.round_to, group.size)))
+
+    @property
+    def floors(self) -> dict[str, int]:
+        """`floor` of every group."""
+        return {g.name: self.floor(g) for g in self.groups}
+
+    def met(self, widths: Mapping[str, int], slack: Mapping[str, float] | None = None) -> bool:
+        """True where every cost is within its limit (or within `slack`, where given)."""
+        kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
+        limits = slack if slack is not None else self.absolute
+        return all(float(self.costs.tensor(kind, kept)) <= limit + 0.5 for kind, limit in limits.items())
+
+    def marginal(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """What one more unit of each group costs, as a share of the limits (summed over those that are exceeded)."""
+        kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
+        kept.requires_grad_(True)
+        total = torch.zeros((), dtype=torch.float64)
+        values = {kind: self.costs.tensor(kind, kept) for kind in self.absolute}
+        over = {k: max(0.0, float(v.detach()) / self.absolute[k] - 1) for k, v in values.items()}
+        for kind, value in values.items():
+            weight = over[kind] if any(over.values()) else 1.0
+            total = total + weight * value / self.absolute[kind]
+        (gradient,) = torch.autograd.grad(total, kept)
+        share = dict(zip((g.name for g in self.costs.groups), gradient.tolist(), strict=True))
+        return {g.name: max(share[g.name], 1e-30) for g in self.groups}
+
+
+def choose_units(
+    worth: Mapping[str, Scores], limits: Limits, slack: Mapping[str, float] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Remove the units of least worth until the limits are met, then put back what still fits.
+
+    Args:
+        worth: for each group, what a unit is worth per unit of cost (higher = keep), shape (units,); comparable between
+            groups.
+        limits: the constraints.
+        slack: looser cost limits to stop at instead (used on the way to the final ones).
+
+    Returns:
+        For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the floors do not
+        meet the limits, the floors.
+    """
+    floors = limits.floors
+    ranked = {}
+    blocks: list[tuple[float, str, int]] = []  # (worth, group, units in the block), the first to go first
+    for group in limits.groups:
+        values = np.asarray(worth[group.name], dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the loss and the weights")
+        order = np.lexsort((np.arange(group.size)[::-1], values))
+        ranked[group.name] = order
+        at, running = 0, -np.inf
+        for size in _block_sizes(group.size, floors[group.name], limits.round_to):
+            running = max(running, float(values[order[at : at + size]].mean()))
+            blocks.append((running, group.name, size))
+            at += size
+    # Stable: among equals, the blocks of one group stay in their order.
+    blocks.sort(key=lambda block: block[0])
+    full = {g.name: g.size for g in limits.groups}
+
+    def widths(removed: int) -> dict[str, int]:
+        result = dict(full)
+        for _, name, size in blocks[:removed]:
+            result[name] -= size
+        return result
+
+    low, high = 0, len(blocks)
+    while low < high:
+        middle = (low + high) // 2
+        if limits.met(widths(middle), slack):
+            high = middle
+        else:
+            low = middle + 1
+    kept = widths(low)
+    for _, name, size in reversed(blocks[:low]):
+        trial = {**kept, name: kept[name] + size}
+        if limits.met(trial, slack):
+            kept = trial
+    return {g.name: tuple(sorted(ranked[g.name][g.size - kept[g.name] :].tolist())) for g in limits.groups}
+
+
+def _block_sizes(size: int, floor: int, round_to: int) -> Sequence[int]:
+    """How many units go at a time, so that what stays is a multiple of `round_to` (or everything)."""
+    sizes = []
+    left = size
+    while left > floor:
+        step = left % round_to or round_to
+        if left - step < floor:
+            break
+        sizes.append(step)
+        left -= step
+    return sizes

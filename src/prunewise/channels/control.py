@@ -1,0 +1,130 @@
+"""The control of the gates: when which channel closes, so that the cost follows a falling target.
+
+What a channel is worth is measured by its own gate: the gradient of the loss with respect to the gate is, to first order, what the
+loss would lose with the channel, and its mean square over steps (its Fisher mass) tells how far the loss would move. Divided by what the
+channel costs, it ranks all channels of the network on one scale. At every moment the gates of the lowest are closed, exactly as
+many as the target asks: that is the solution of min Σ worth(open) + λ·cost for the λ at which the cost meets the target, so λ
+needs no tuning and no chase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunewise.channels.choose import Limits, choose_units
+from prunewise.core.errors import NonFiniteError
+
+Keep = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Shares of the training run. Nothing closes before `observe`; the budget is met at `close`; gates are frozen from there.
+
+    Attributes:
+        observe: share of the steps in which gates only watch.
+        close: share of the steps at which the target reaches the budget.
+        updates: how many times the gates are set in between.
+        memory: share of the steps over which gradients are averaged.
+    """
+
+    observe: float = 0.05
+    close: float = 0.3
+    updates: int = 20
+    memory: float = 0.1
+
+
+class GateControl:
+    """Collects gate gradients and says, every few steps, which units should be open.
+
+    Args:
+        limits: groups, costs and the budget.
+        total_steps: optimizer steps of the whole run.
+        schedule: shares of the run.
+        device: where the gradients live; the statistics are kept there, and read only when gates are set.
+    """
+
+    def __init__(self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device) -> None:
+        self.limits = limits
+        self.total_steps = total_steps
+        self.schedule = schedule
+        self.step = 0
+        self.frozen = False
+        self.keep: Keep = {g.name: tuple(range(g.size)) for g in limits.groups}
+        self._mass = [torch.zeros(g.size, device=device) for g in limits.groups]
+        self._weight = torch.zeros((), device=device)
+        self._decay = 1 - 1 / max(10.0, schedule.memory * total_steps)
+        self._every = max(1, round((schedule.close - schedule.observe) * total_steps / schedule.updates))
+
+    def observe(self, gradients: list[Tensor]) -> None:
+        """Take in ∂loss/∂gate of every group, after one backward pass (no host synchronisation).
+
+        A step whose gradients are not finite (an overflow that a gradient scaler is about to skip) does not count.
+        """
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all()
+        share = (1 - self._decay) * finite
+        self._weight.mul_(1 - share).add_(share)
+        for mass, g in zip(self._mass, gradients, strict=True):
+            square = torch.where(finite, g.detach().to(mass.dtype) ** 2, 0.0)
+            mass.mul_(1 - share).add_(square * share)
+
+    def update(self) -> bool:
+        """Count one step; True where `keep` changed."""
+        self.step += 1
+        if self.frozen:
+            return False
+        first, last = self.schedule.observe * self.total_steps, self.schedule.close * self.total_steps
+        if self.step < first or (self.step % self._every and self.step < last):
+            return False
+        self.frozen = self.step >= last
+        before = self.keep
+        self.keep = self.choose(None if self.frozen else self.target())
+        return self.keep != before
+
+    def target(self) -> dict[str, float]:
+        """The cost limits of this step: from the full cost to the budget, fast at first and slower towards the end."""
+        first, last = self.schedule.observe * self.total_steps, self.schedule.close * self.total_steps
+        left = (1 - min(1.0, max(0.0, (self.step - first) / max(1.0, last - first)))) ** 3
+        full = self.limits.costs({}).as_dict()
+        return {kind: limit + (max(full[kind], limit) - limit) * left for kind, limit in self.limits.absolute.items()}
+
+    def choose(self, slack: dict[str, float] | None = None) -> Keep:
+        """The units that stay under `slack` (default: the budget). A closed unit stays closed.
+
+        Raises:
+            NonFiniteError: no gradient was ever finite.
+        """
+        share = self.limits.marginal({name: len(kept) for name, kept in self.keep.items()})
+        seen = float(self._weight)
+        if seen == 0 and self.step > 0:
+            raise NonFiniteError("no gradient of any gate was finite so far: look at the loss (NaN, or overflow)")
+        worth: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+        for group, mass in zip(self.limits.groups, self._mass, strict=True):
+            values = (mass.double() / max(seen, 1e-30)).cpu().numpy() / share[group.name]
+            closed = np.ones(group.size, dtype=bool)
+            closed[list(self.keep[group.name])] = False
+            worth[group.name] = np.where(closed, -1.0, values)
+        return choose_units(worth, self.limits, slack)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: tensors, counters and the open units."""
+        return {
+            "step": self.step,
+            "frozen": self.frozen,
+            "keep": {name: list(kept) for name, kept in self.keep.items()},
+            "mass": [m.clone() for m in self._mass],
+            "weight": self._weight.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.step, self.frozen = int(state["step"]), bool(state["frozen"])
+        self.keep = {name: tuple(kept) for name, kept in state["keep"].items()}
+        for mass, saved in zip(self._mass, state["mass"], strict=True):
+            mass.copy_(saved)
+        self._weight.copy_(state["weight"])

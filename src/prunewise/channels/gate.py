@@ -1,0 +1,118 @@
+"""The trainable gate: a step in the forward pass, a chosen slope in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunewise.core.sites import Site
+
+Shaping = Callable[[Tensor], Tensor]
+
+
+def constant(w: Tensor) -> Tensor:
+    """Slope 1 everywhere: a gate moves as fast far from the step as at it."""
+    return torch.ones_like(w)
+
+
+def sigmoid_slope(w: Tensor) -> Tensor:
+    """Slope of a sigmoid, 1 at the step: gates far from it move slowly."""
+    s = torch.sigmoid(w)
+    return 4 * s * (1 - s)
+
+
+class _Step(torch.autograd.Function):
+    """Forward b(w), backward grad · g(w): the limit M → ∞ of the trainable gate function."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, slope: Tensor | None) -> Tensor:
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return (w >= 0).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        saved = ctx.saved_tensors
+        return (grads[0] * saved[0] if saved else grads[0]), None
+
+
+def gate(w: Tensor, shaping: Shaping = constant) -> Tensor:
+    """The trainable gate function: 1 where `w` ≥ 0, else 0, with slope `shaping(w)`.
+
+    Args:
+        w: gate parameters, any shape, floating.
+        shaping: the gradient-shaping function g, element-wise.
+
+    Returns:
+        Zeros and ones, shape and dtype of `w`.
+
+    Source: Kim, Park, Jung, Choe, arXiv 1904.10921, TGF(w; g) = b(w) + s(w)·g(w) with s(w) = (M·w − ⌊M·w⌋)/M. This is its
+    limit for M → ∞, value and slope: the literal formula's value is within sup|g|/M of it, and it is NaN in half precision
+    for a large M.
+
+    Example:
+        >>> w = torch.tensor([-0.5, 0.0, 2.0], requires_grad=True)
+        >>> gate(w).tolist()
+        [0.0, 1.0, 1.0]
+        >>> gate(w).sum().backward()
+        >>> w.grad.tolist()
+        [1.0, 1.0, 1.0]
+    """
+    return _Step.apply(w, None if shaping is constant else shaping(w).detach())  # type: ignore[no-any-return]
+
+
+class Gates:
+    """The gate parameters of a session, shared by reference with every gated weight (and its copies)."""
+
+    def __init__(self, sizes: list[int], device: torch.device, shaping: Shaping, initial: float) -> None:
+        self.values = [nn.Parameter(torch.full((n,), initial, device=device)) for n in sizes]
+        self.shaping = shaping
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        # A copy of a gated model (an average of weights, say) sees the same gates as the model it follows.
+        return self
+
+    def vector(self, groups: list[int]) -> Tensor:
+        """Zeros and ones of the units of these groups, one after another, then a one for what always stays."""
+        parts = [gate(self.values[k], self.shaping) for k in groups]
+        return torch.cat([*parts, parts[0].new_ones(1)])
+
+
+class GatedWeight(nn.Module):
+    """Parametrization: a weight times the gates of the channels that it reads."""
+
+    _prunewise_gate = True
+
+    def __init__(self, gates: Gates, sites: list[Site], offsets: list[int], sizes: list[int], ndim: int) -> None:
+        super().__init__()
+        self._gates = gates
+        self._plans: list[tuple[int, list[int], Tensor | None, list[int]]] = []
+        for site in sites:
+            used = [k for k in range(len(sizes)) if ((site.units >= offsets[k]) & (site.units < offsets[k] + sizes[k])).any()]
+            starts = [sum(sizes[j] for j in used[:i]) for i in range(len(used))]
+            index = torch.full((len(site.units),), sum(sizes[k] for k in used), dtype=torch.int64)
+            units = torch.from_numpy(site.units)
+            for k, start in zip(used, starts, strict=True):
+                own = (units >= offsets[k]) & (units < offsets[k] + sizes[k])
+                index[own] = units[own] - offsets[k] + start
+            whole = len(used) == 1 and torch.equal(index, torch.arange(sizes[used[0]]))
+            shape = [1] * ndim
+            shape[site.dim] = -1
+            name = f"_index_{len(self._plans)}"
+            self.register_buffer(name, None if whole else index, persistent=False)
+            self._plans.append((len(self._plans), used, None, shape))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` with the entries of closed channels zero."""
+        for number, used, _, shape in self._plans:
+            index = getattr(self, f"_index_{number}")
+            if index is None:
+                mask = gate(self._gates.values[used[0]], self._gates.shaping)
+            else:
+                mask = self._gates.vector(used)
+                mask = mask.index_select(0, index.to(mask.device))
+            weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view(shape)
+        return weight

@@ -1,0 +1,144 @@
+"""One-shot importances: what each unit is worth, from the weights or from a few batches.
+
+Each function maps (model, groups) to one score a unit, higher = keep, shape (units,), float64. Scores are not divided by cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from prunewise.core.errors import PlanError
+from prunewise.core.groups import ChannelGroup
+from prunewise.core.trace import as_call
+
+Scores = npt.NDArray[np.float64]
+Importance = Callable[[nn.Module, Sequence[ChannelGroup]], Mapping[str, Scores]]
+
+
+def magnitude(model: nn.Module, groups: Sequence[ChannelGroup], *, p: int = 1) -> dict[str, Scores]:
+    """Mean over a unit's weights of |w|^p, over every parameter that produces its channels.
+
+    Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with equal weight.
+    """
+    tensors = _tensors(model)
+    scores = {}
+    for group in groups:
+        total = np.zeros(group.size)
+        for member in group.members:
+            weight = tensors.get(member.name)
+            if member.role == "out" and weight is not None and weight.dim() > 1:
+                total += _reduced(weight.detach().abs().double() ** p, member.dim, member.indices)
+        scores[group.name] = total
+    return scores
+
+
+def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Scores]:
+    """Mean |scale| of the normalisation layers on the channels.
+
+    Source: Liu et al. 2017, arXiv 1708.06519 (network slimming).
+
+    Raises:
+        PlanError: a group has no normalisation layer.
+    """
+    norms = {
+        f"{path}.weight" if path else "weight"
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+    }
+    tensors = _tensors(model)
+    scores = {}
+    for group in groups:
+        found = [m for m in group.members if m.name in norms and m.name in tensors]
+        if not found:
+            raise PlanError(f"importance 'bn_scale': {group.name!r} has no normalisation layer; use 'magnitude'")
+        scores[group.name] = sum(
+            (_reduced(tensors[m.name].detach().abs().double(), m.dim, m.indices) for m in found), np.zeros(group.size)
+        )
+    return scores
+
+
+def random(model: nn.Module, groups: Sequence[ChannelGroup], *, seed: int = 0) -> dict[str, Scores]:
+    """Uniform random scores, the same for the same seed and group names."""
+    rng = np.random.default_rng(seed)
+    return {g.name: rng.random(g.size) for g in groups}
+
+
+def taylor(
+    model: nn.Module, groups: Sequence[ChannelGroup], *, data: Iterable[Any], loss: Callable[..., Tensor] | None = None
+) -> dict[str, Scores]:
+    """Fisher mass of each unit's gate: mean over batches of (∂loss/∂gate)².
+
+    The gate of a unit multiplies the weights that read it, so ∂loss/∂gate = Σ w·∂loss/∂w over these: the first-order change of the
+    loss when the unit goes. Squared, it ranks by how far the loss would move either way.
+
+    Args:
+        model: run in eval mode (batch statistics do not move); its gradients are left as they were.
+        groups: the groups to score.
+        data: batches (inputs, targets), or batches that `loss` understands.
+        loss: loss(model, batch) → scalar; default: cross-entropy of model(inputs) against targets.
+
+    Source: Molchanov et al. 2019, arXiv 1906.10771; squared as there.
+
+    Raises:
+        PlanError: no batch was given.
+    """
+    tensors = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    names = sorted({m.name for g in groups for m in g.members if m.role == "in"})
+    watched = [tensors[n] for n in names]
+    needed = [p.requires_grad for p in watched]
+    modes = [(m, m.training) for m in model.modules()]
+    scores = {g.name: np.zeros(g.size) for g in groups}
+    batches = 0
+    try:
+        model.eval()
+        for p in watched:
+            p.requires_grad_(True)
+        for batch in data:
+            value = (loss or cross_entropy)(model, batch)
+            gradients = dict(zip(names, torch.autograd.grad(value, watched, allow_unused=True), strict=True))
+            batches += 1
+            for group in groups:
+                signed = np.zeros(group.size)
+                for member in group.members:
+                    gradient = gradients.get(member.name) if member.role == "in" else None
+                    if gradient is not None:
+                        product = (gradient * tensors[member.name].detach()).double()
+                        signed += _reduced(product, member.dim, member.indices, mean=False)
+                scores[group.name] += signed**2
+    finally:
+        for p, need in zip(watched, needed, strict=True):
+            p.requires_grad_(need)
+        for module, mode in modes:
+            module.training = mode
+    if not batches:
+        raise PlanError("importance 'taylor' needs data: batches of (inputs, targets)")
+    return {name: value / batches for name, value in scores.items()}
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """The default loss: cross-entropy of `model(inputs)` for a batch (inputs, targets)."""
+    inputs, targets = batch[0], batch[1]
+    device = next(model.parameters()).device
+    inputs = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+    args, kwargs = as_call(inputs)
+    return nn.functional.cross_entropy(model(*args, **kwargs), targets.to(device))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _reduced(values: Tensor, dim: int, indices: npt.NDArray[np.int64], mean: bool = True) -> Scores:
+    """Sum (or mean) of `values` over all that each unit owns along `dim`."""
+    if values.dim() > 1:
+        others = [d for d in range(values.dim()) if d != dim]
+        values = values.mean(others) if mean else values.sum(others)
+    own = values[torch.from_numpy(indices).to(values.device)]
+    result: Scores = (own.mean(1) if mean else own.sum(1)).cpu().numpy()
+    return result

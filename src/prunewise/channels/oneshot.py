@@ -1,0 +1,145 @@
+"""One-shot channel plans: score, choose, done. The baselines, and a start for gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunewise.channels import importance as imp
+from prunewise.channels.budget import Budget
+from prunewise.channels.choose import Limits, Scores, choose_units
+from prunewise.core.cost import CostModel
+from prunewise.core.errors import AlreadyGatedError, NoPrunableGroupError, PlanError
+from prunewise.core.groups import ChannelGroup, Choice, select
+from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.surgery import is_gated
+from prunewise.core.trace import Inputs
+
+Allocation = Literal["uniform", "global"]
+
+
+def plan_channels(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: Budget,
+    importance: str | imp.Importance = "magnitude",
+    allocation: Allocation | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    include: Choice = None,
+    exclude: Choice = None,
+    min_keep: int = 1,
+    round_to: int = 1,
+    seed: int = 0,
+) -> ChannelPlan:
+    """Choose channels to keep in one shot, without training.
+
+    Args:
+        model: the network; not changed.
+        example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        budget: what the small network may cost.
+        importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "random" (uses `seed`), or a callable
+            from (model, groups) to {group name: scores of shape (units,), higher = keep}.
+        allocation: "uniform" keeps the same share of every group and ranks within groups; "global" ranks all units by
+            importance per cost. Default: "global" for "taylor" (its scores are comparable between layers), else "uniform".
+        data, loss: batches and loss for "taylor"; see `importance.taylor`.
+        include, exclude: names, shell patterns or a callable that select groups.
+        min_keep: no group keeps fewer units.
+        round_to: kept widths are multiples of this (or the full width).
+
+    Returns:
+        A plan whose cost is at most the budget, with no unit (or block of `round_to`) left out that would still fit.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what the floor is.
+        NoPrunableGroupError: nothing can be removed.
+        PlanError: an unknown importance, or missing data.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = plan_channels(model, torch.zeros(1, 4), budget=Budget(macs=0.5))
+        >>> len(plan.keep["0"]), plan.cost_after["macs"]
+        (4, 24)
+    """
+    if is_gated(model):
+        raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    costs = CostModel.of(model, example_inputs)
+    limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to)
+    scores = _score(model, limits.groups, importance, data, loss, seed)
+    if allocation is None:
+        allocation = "global" if importance == "taylor" else "uniform"
+    if allocation == "uniform":
+        worth = {name: rank_share(values) for name, values in scores.items()}
+    elif allocation == "global":
+        share = limits.marginal({})
+        worth = {name: np.asarray(values) / share[name] for name, values in scores.items()}
+    else:
+        raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
+    name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
+    return make_plan(fingerprint(model), costs, choose_units(worth, limits), {"importance": name, "allocation": allocation})
+
+
+def limits_for(
+    model: nn.Module, costs: CostModel, budget: Budget, include: Choice, exclude: Choice, min_keep: int, round_to: int
+) -> Limits:
+    """The limits of a choice, checked to be reachable."""
+    if min_keep < 1 or round_to < 1:
+        raise PlanError(f"min_keep={min_keep} and round_to={round_to} should be at least 1")
+    groups = select(costs.grouping.groups, include, exclude)
+    if not groups:
+        reasons = {g.reason for g in costs.grouping.groups if g.reason}
+        raise NoPrunableGroupError(
+            f"no channel of this {type(model).__name__} can be removed: {'; '.join(sorted(reasons)[:4]) or 'all excluded'}"
+        )
+    limits = Limits(costs, tuple(groups), {}, min_keep, round_to)
+    absolute = budget.check_reachable(costs, groups, limits.floors)
+    return Limits(costs, tuple(groups), absolute, min_keep, round_to)
+
+
+def make_plan(
+    architecture: str, costs: CostModel, keep: Mapping[str, tuple[int, ...]], notes: Mapping[str, str]
+) -> ChannelPlan:
+    """A plan with its costs; groups that keep everything are left out."""
+    sizes = {g.name: g.size for g in costs.groups}
+    cut = {name: kept for name, kept in keep.items() if len(kept) < sizes[name]}
+    after = costs({name: len(kept) for name, kept in cut.items()})
+    return ChannelPlan(
+        cut, {n: sizes[n] for n in cut}, architecture, costs({}).as_dict(), after.as_dict(), dict(notes)
+    )
+
+
+def rank_share(scores: Scores) -> Scores:
+    """Ranks as shares in (0, 1): the same for every group, whatever its scores."""
+    order = np.lexsort((np.arange(len(scores))[::-1], scores))
+    ranks = np.empty(len(scores))
+    ranks[order] = np.arange(len(scores))
+    return (ranks + 0.5) / len(scores)
+
+
+def _score(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], importance: str | imp.Importance, data: Iterable[Any] | None,
+    loss: Callable[..., Tensor] | None, seed: int,
+) -> Mapping[str, Scores]:  # fmt: skip
+    known: dict[str, imp.Importance] = {
+        "magnitude": imp.magnitude,
+        "bn_scale": imp.bn_scale,
+        "random": partial(imp.random, seed=seed),
+        "taylor": partial(imp.taylor, data=data or (), loss=loss),
+    }
+    if callable(importance):
+        scores = importance(model, groups)
+    elif importance in known:
+        scores = known[importance](model, groups)
+    else:
+        raise PlanError(f"unknown importance {importance!r}: use one of {', '.join(known)}, or a callable")
+    for group in groups:
+        values = scores.get(group.name)
+        if values is None or np.shape(values) != (group.size,):
+            raise PlanError(f"importance of {group.name!r}: expected one score for each of its {group.size} units")
+    return scores

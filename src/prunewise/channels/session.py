@@ -1,0 +1,274 @@
+"""Gates on a model in training: attach, train, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prunewise.channels.budget import Budget
+from prunewise.channels.control import GateControl, Keep, Schedule
+from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
+from prunewise.channels.oneshot import limits_for, make_plan
+from prunewise.core.cost import Cost
+from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError
+from prunewise.core.groups import Choice
+from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.sites import gate_sites
+from prunewise.core.surgery import Surgeon, check_equal, is_gated
+from prunewise.core.trace import Inputs
+
+
+def attach_gates(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: Budget,
+    total_steps: int,
+    include: Choice = None,
+    exclude: Choice = None,
+    min_keep: int = 1,
+    round_to: int = 1,
+    schedule: Schedule | None = None,
+    shaping: Shaping = constant,
+    initial: float = 1.0,
+) -> GateSession:
+    """Put trainable gates on every removable channel of `model`.
+
+    The gates multiply the weights that read the channels, so the gated model equals the pruned one at any time, and costs next
+    to nothing more to train. The model is changed in place: its weights are parametrised (`torch.nn.utils.parametrize`)
+    until `finish()` or `detach()`.
+
+    Args:
+        model: the network, on the device where it trains.
+        example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        budget: what the small network may cost; met exactly, never exceeded.
+        total_steps: how many times `step()` will be called.
+        include, exclude: names, shell patterns or a callable that select channel groups.
+        min_keep: no group keeps fewer units.
+        round_to: kept widths are multiples of this (or the full width).
+        schedule: when gates close; the default is the best one measured.
+        shaping: slope of the gate function in the backward pass.
+        initial: start value of the gate parameters, ≥ 0 (open).
+
+    Returns:
+        The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and `gates.finish()` at
+        the end.
+
+    Raises:
+        BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
+        NoPrunableGroupError: nothing can be removed.
+        AlreadyGatedError: gates are attached already.
+        TraceError: the model does not run on `example_inputs`.
+
+    Source: Kim, Park, Jung, Choe, arXiv 1904.10921. Ours differs in the control: see `prunewise.channels.control`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gates = attach_gates(model, torch.zeros(1, 4), budget=Budget(macs=0.5), total_steps=10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for _ in range(10):
+        ...     loss = model(torch.randn(16, 4)).square().mean() + gates.penalty()
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
+        >>> gates.finish()[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+    if is_gated(model):
+        raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
+    surgeon = Surgeon.of(model, example_inputs)
+    limits = limits_for(model, surgeon.costs, budget, include, exclude, min_keep, round_to)
+    device = next(model.parameters()).device
+    gates = Gates([g.size for g in limits.groups], device, shaping, initial)
+    control = GateControl(limits, total_steps, schedule or Schedule(), device)
+    session = GateSession(model, surgeon, gates, control, initial)
+    session._attach()
+    return session
+
+
+class GateSession:
+    """Gates on one model. Made by `attach_gates`."""
+
+    def __init__(self, model: nn.Module, surgeon: Surgeon, gates: Gates, control: GateControl, initial: float) -> None:
+        self.model = model
+        self.control = control
+        self._surgeon = surgeon
+        self._gates = gates
+        self._initial = max(abs(initial), 1e-3)
+        self._owners: list[tuple[nn.Module, str]] = []
+        self._fingerprint = fingerprint(model)
+
+    @property
+    def groups(self) -> list[Any]:
+        """The channel groups that have gates."""
+        return list(self.control.limits.groups)
+
+    @property
+    def attached(self) -> bool:
+        """False after `finish()` or `detach()`."""
+        return bool(self._owners)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The gate parameters, one vector a group. An optimizer may hold them (without weight decay); it need not."""
+        return iter(self._gates.values)
+
+    def penalty(self) -> Tensor:
+        """λ · (cost / full cost − target), summed over the budget's kinds: what the gates still owe.
+
+        A scalar for the loss; its gradient with respect to the gates is applied by `step()`, exactly and not through the
+        optimizer, so its value informs (0 once the budget is met).
+        """
+        target = self.control.target() if not self.control.frozen else dict(self.control.limits.absolute)
+        now = self.cost().as_dict()
+        full = self._surgeon.costs({}).as_dict()
+        excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
+        return self._gates.values[0].new_tensor(excess)
+
+    def step(self) -> None:
+        """Once after every `optimizer.step()`: read the gates' gradients, and close gates where it is time.
+
+        Raises:
+            NonFiniteError: the loss has given no finite gradient.
+            PrunewiseError: no gradient reached the gates at all (no backward pass, or another model was run).
+        """
+        self._require_attached()
+        gradients = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.values]
+        if all(g.grad is None for g in self._gates.values):
+            raise PrunewiseError(
+                "no gradient reached any gate: call loss.backward() on a loss of the gated model before gates.step(), and do not "
+                "clear the gates' gradients in between"
+            )
+        self.control.observe(gradients)
+        for value in self._gates.values:
+            value.grad = None
+        self.control.update()
+        self._show(self.control.keep)
+
+    def cost(self) -> Cost:
+        """What the network costs as gated now."""
+        return self._surgeon.costs({name: len(kept) for name, kept in self.control.keep.items()})
+
+    def set_plan(self, plan: ChannelPlan) -> None:
+        """Open and close the gates as `plan` says (groups that it does not name are open)."""
+        self._require_attached()
+        for name, size in plan.sizes.items():
+            known = {g.name: g.size for g in self.control.limits.groups}
+            if known.get(name) != size:
+                raise PlanError(f"the plan is for a group {name!r} of {size} units, which has no gates here")
+        self.control.keep = {
+            g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups
+        }
+        self._show(self.control.keep)
+
+    def harden(self) -> ChannelPlan:
+        """Freeze the gates where they meet the budget, and return the plan.
+
+        Closes what is still too much (if training stopped early, say); the cost never exceeds the budget.
+        """
+        self._require_attached()
+        if not self.control.limits.met({name: len(kept) for name, kept in self.control.keep.items()}):
+            self.control.keep = self.control.choose()
+            self._show(self.control.keep)
+        self.control.frozen = True
+        return self._plan()
+
+    def finish(self, model: nn.Module | None = None) -> nn.Module:
+        """Harden the gates, remove what is closed, and return the small network, a plain module.
+
+        Args:
+            model: a copy of the gated model to cut instead (an average of its weights, say); default: the model itself.
+
+        Returns:
+            A smaller copy, verified to compute what the gated model computes. The model itself gets its full weights
+            back, as after `detach()`.
+
+        Raises:
+            VerificationError: the small network differs; the model is whole again all the same.
+        """
+        plan = self.harden()
+        source = self.model if model is None else model
+        if model is not None:
+            _ungate(model)
+        self.detach()
+        small = self._surgeon.cut(source, plan.keep)
+        check_equal(source, small, self._surgeon.grouping, plan.keep, self._surgeon.example_inputs)
+        self.plan = plan
+        return small
+
+    def detach(self) -> nn.Module:
+        """Take the gates off: the original model back, untouched but for its training."""
+        _ungate(self.model)
+        self._owners = []
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs besides the model's and the optimizer's own state: tensors, numbers, lists, strings."""
+        return self.control.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; for a session made with the same arguments.
+
+        Raises:
+            PlanError: the state is of other groups.
+        """
+        sizes = {g.name: g.size for g in self.control.limits.groups}
+        if set(state.get("keep", ())) != set(sizes):
+            raise PlanError("the saved gates are of another model, or of other include/exclude choices")
+        self.control.load_state_dict(state)
+        self._show(self.control.keep)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> ChannelPlan:
+        return make_plan(self._fingerprint, self._surgeon.costs, self.control.keep, {"importance": "gates"})
+
+    def _attach(self) -> None:
+        grouping = self._surgeon.grouping
+        groups = self.control.limits.groups
+        shapes = {t.name: t.shape for t in grouping.structure.trace.tensors if t.name}
+        sizes = [g.size for g in groups]
+        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
+        by_name: dict[str, list[Any]] = {}
+        for site in gate_sites(groups, shapes):
+            by_name.setdefault(site.name, []).append(site)
+        modules = list(self.model.named_modules())
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        names: dict[str, nn.Parameter] = {}
+        for path, module in modules:
+            for leaf, tensor in module._parameters.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((module, leaf))
+                    names[f"{path}.{leaf}" if path else leaf] = tensor
+        for name, sites in by_name.items():
+            weight = names[name]
+            for module, leaf in places[id(weight)]:
+                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim()).to(weight.device)
+                gated.train(module.training)
+                parametrize.register_parametrization(module, leaf, gated, unsafe=True)
+                self._owners.append((module, leaf))
+
+    def _show(self, keep: Keep) -> None:
+        """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
+        with torch.no_grad():
+            for group, value in zip(self.control.limits.groups, self._gates.values, strict=True):
+                index = torch.tensor(keep[group.name], dtype=torch.int64, device=value.device)
+                value.fill_(-self._initial).index_fill_(0, index, self._initial)
+
+    def _require_attached(self) -> None:
+        if not self.attached:
+            raise PrunewiseError("this session has ended: its gates were taken off by finish() or detach()")
+
+
+def _ungate(model: nn.Module) -> None:
+    """Remove every gate parametrization of a model (or of a copy of it)."""
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr]
+            if any(isinstance(p, GatedWeight) for p in chain):
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
