@@ -51,6 +51,7 @@ class GateControl:
 
     def __init__(self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device) -> None:
         self.limits = limits
+        self.full = limits.costs({}).as_dict()
         self.total_steps = total_steps
         self.schedule = schedule
         self.step = 0
@@ -90,7 +91,7 @@ class GateControl:
         """The cost limits of this step: from the full cost to the budget, fast at first and slower towards the end."""
         first, last = self.schedule.observe * self.total_steps, self.schedule.close * self.total_steps
         left = (1 - min(1.0, max(0.0, (self.step - first) / max(1.0, last - first)))) ** 3
-        full = self.limits.costs({}).as_dict()
+        full = self.full
         return {kind: limit + (max(full[kind], limit) - limit) * left for kind, limit in self.limits.absolute.items()}
 
     def choose(self, slack: dict[str, float] | None = None) -> Keep:
@@ -110,6 +111,13 @@ class GateControl:
             closed[list(self.keep[group.name])] = False
             worth[group.name] = np.where(closed, -1.0, values)
         return choose_units(worth, self.limits, slack)
+
+    def shrink(self, limits: Limits) -> None:
+        """Go on with the groups of the network without its closed channels (those that have more than one unit left)."""
+        masses = {g.name: mass for g, mass in zip(self.limits.groups, self._mass, strict=True)}
+        self._mass = [masses[g.name][list(self.keep[g.name])] for g in limits.groups]
+        self.keep = {g.name: tuple(range(g.size)) for g in limits.groups}
+        self.limits = limits
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: tensors, counters and the open units."""

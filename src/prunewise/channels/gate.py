@@ -86,28 +86,32 @@ class GatedWeight(nn.Module):
 
     _prunewise_gate = True
 
-    def __init__(self, gates: Gates, sites: list[Site], offsets: list[int], sizes: list[int], ndim: int) -> None:
+    def __init__(
+        self, gates: Gates, sites: list[Site], offsets: list[int], sizes: list[int], ndim: int, order: list[str]
+    ) -> None:
         super().__init__()
+        self.order = order  # names of the parameters of the gated module, as they were
         self._gates = gates
-        self._plans: list[tuple[int, list[int], Tensor | None, list[int]]] = []
-        for site in sites:
-            used = [k for k in range(len(sizes)) if ((site.units >= offsets[k]) & (site.units < offsets[k] + sizes[k])).any()]
-            starts = [sum(sizes[j] for j in used[:i]) for i in range(len(used))]
-            index = torch.full((len(site.units),), sum(sizes[k] for k in used), dtype=torch.int64)
+        self._groups: list[list[int]] = []  # for each site: the groups whose channels it reads
+        self._shapes: list[list[int]] = []
+        for number, site in enumerate(sites):
             units = torch.from_numpy(site.units)
-            for k, start in zip(used, starts, strict=True):
-                own = (units >= offsets[k]) & (units < offsets[k] + sizes[k])
-                index[own] = units[own] - offsets[k] + start
-            whole = len(used) == 1 and torch.equal(index, torch.arange(sizes[used[0]]))
-            shape = [1] * ndim
-            shape[site.dim] = -1
-            name = f"_index_{len(self._plans)}"
-            self.register_buffer(name, None if whole else index, persistent=False)
-            self._plans.append((len(self._plans), used, None, shape))
+            owned = [(units >= start) & (units < start + size) for start, size in zip(offsets, sizes, strict=True)]
+            used = [k for k, own in enumerate(owned) if own.any()]
+            total = sum(sizes[k] for k in used)
+            index = torch.full((len(units),), total, dtype=torch.int64)  # the last entry of `Gates.vector`: stays
+            start = 0
+            for k in used:
+                index[owned[k]] = units[owned[k]] - offsets[k] + start
+                start += sizes[k]
+            whole = len(used) == 1 and torch.equal(index, torch.arange(total))
+            self.register_buffer(f"_index_{number}", None if whole else index, persistent=False)
+            self._groups.append(used)
+            self._shapes.append([-1 if d == site.dim else 1 for d in range(ndim)])
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the entries of closed channels zero."""
-        for number, used, _, shape in self._plans:
+        for number, (used, shape) in enumerate(zip(self._groups, self._shapes, strict=True)):
             index = getattr(self, f"_index_{number}")
             if index is None:
                 mask = gate(self._gates.values[used[0]], self._gates.shaping)

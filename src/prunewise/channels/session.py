@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +12,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunewise.channels.budget import Budget
+from prunewise.channels.choose import Limits
 from prunewise.channels.control import GateControl, Keep, Schedule
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.oneshot import limits_for, make_plan
 from prunewise.core.cost import Cost
-from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError
+from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import Choice
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.sites import gate_sites
-from prunewise.core.surgery import Surgeon, check_equal, is_gated
+from prunewise.core.surgery import (
+    Surgeon,
+    check_equal,
+    graft,
+    is_gated,
+    move_optimizer,
+    require_unshared,
+    state_slices,
+)
 from prunewise.core.trace import Inputs
 
 
@@ -36,6 +46,7 @@ def attach_gates(
     schedule: Schedule | None = None,
     shaping: Shaping = constant,
     initial: float = 1.0,
+    shrink_every: int | None = None,
 ) -> GateSession:
     """Put trainable gates on every removable channel of `model`.
 
@@ -54,6 +65,9 @@ def attach_gates(
         schedule: when gates close; the default is the best one measured.
         shaping: slope of the gate function in the backward pass.
         initial: start value of the gate parameters, ≥ 0 (open).
+        shrink_every: remove closed channels for good every so many steps, so that training gets faster as it prunes. The
+            model is shrunk in place (modules stay the same objects, parameters are new); `step()` then needs the optimizer,
+            whose state is sliced along.
 
     Returns:
         The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and `gates.finish()` at
@@ -83,10 +97,11 @@ def attach_gates(
         raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
     surgeon = Surgeon.of(model, example_inputs)
     limits = limits_for(model, surgeon.costs, budget, include, exclude, min_keep, round_to)
+    require_unshared(model)
     device = next(model.parameters()).device
     gates = Gates([g.size for g in limits.groups], device, shaping, initial)
     control = GateControl(limits, total_steps, schedule or Schedule(), device)
-    session = GateSession(model, surgeon, gates, control, initial)
+    session = GateSession(model, surgeon, gates, control, initial, shrink_every)
     session._attach()
     return session
 
@@ -94,7 +109,9 @@ def attach_gates(
 class GateSession:
     """Gates on one model. Made by `attach_gates`."""
 
-    def __init__(self, model: nn.Module, surgeon: Surgeon, gates: Gates, control: GateControl, initial: float) -> None:
+    def __init__(
+        self, model: nn.Module, surgeon: Surgeon, gates: Gates, control: GateControl, initial: float, shrink_every: int | None
+    ) -> None:
         self.model = model
         self.control = control
         self._surgeon = surgeon
@@ -102,6 +119,9 @@ class GateSession:
         self._initial = max(abs(initial), 1e-3)
         self._owners: list[tuple[nn.Module, str]] = []
         self._fingerprint = fingerprint(model)
+        self._costs = surgeon.costs  # of the original: plans are always plans for it
+        self._original: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
+        self._shrink_every = shrink_every
 
     @property
     def groups(self) -> list[Any]:
@@ -125,12 +145,15 @@ class GateSession:
         """
         target = self.control.target() if not self.control.frozen else dict(self.control.limits.absolute)
         now = self.cost().as_dict()
-        full = self._surgeon.costs({}).as_dict()
+        full = self.control.full
         excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
         return self._gates.values[0].new_tensor(excess)
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Once after every `optimizer.step()`: read the gates' gradients, and close gates where it is time.
+
+        Args:
+            optimizer: needed with `shrink_every` only: its state is sliced when channels are removed.
 
         Raises:
             NonFiniteError: the loss has given no finite gradient.
@@ -146,8 +169,68 @@ class GateSession:
         self.control.observe(gradients)
         for value in self._gates.values:
             value.grad = None
-        self.control.update()
-        self._show(self.control.keep)
+        if self.control.update():
+            self._show(self.control.keep)
+        if self._shrink_every and self.control.step % self._shrink_every == 0:
+            self.shrink(optimizer)
+
+    def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Remove closed channels for good, in place; the gates, the optimizer's state and the plan follow.
+
+        Modules stay the same objects, so schedulers and compiled wrappers go on; parameters are new ones, and `optimizer` is
+        pointed at them. Weight averages made earlier keep the old shapes: start them after the last shrink.
+
+        Returns:
+            False where nothing is closed, or where the user's forward has widths written into it so that only the final
+            network can be made smaller (a warning says so once).
+
+        Raises:
+            PlanError: no optimizer was given.
+        """
+        self._require_attached()
+        keep = self.control.keep
+        if all(len(keep[g.name]) == g.size for g in self.control.limits.groups):
+            return False
+        if optimizer is None:
+            raise PlanError("shrinking slices the optimizer's state too: call gates.step(optimizer)")
+        slices = state_slices(self._surgeon.grouping, keep)
+        _ungate(self.model)
+        self._owners = []
+        try:
+            small = self._surgeon.cut(self.model, keep)
+            surgeon = Surgeon.of(small, self._surgeon.example_inputs)
+            limits = self._limits_after(surgeon, keep)
+        except (VerificationError, PlanError) as error:
+            warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
+            self._shrink_every = None
+            self._attach()
+            return False
+        move_optimizer(optimizer, self.model, small, slices)
+        graft(self.model, small)
+        self._original = {
+            name: tuple(units[i] for i in keep[name]) if name in keep else units for name, units in self._original.items()
+        }
+        self.control.shrink(limits)
+        self._surgeon = surgeon
+        device = next(self.model.parameters()).device
+        self._gates = Gates([g.size for g in limits.groups], device, self._gates.shaping, self._initial)
+        self._attach()
+        return True
+
+    def _limits_after(self, surgeon: Surgeon, keep: Keep) -> Limits:
+        """The limits for the shrunk model. Its groups must be the old ones, smaller; single units are no group any more."""
+        old = self.control.limits
+        found = {g.name: g for g in surgeon.costs.groups}
+        groups = []
+        for group in old.groups:
+            size = len(keep[group.name])
+            if size > 1:
+                if group.name not in found or found[group.name].size != size:
+                    raise PlanError(f"group {group.name!r} changes its shape when shrunk")
+                groups.append(found[group.name])
+        if not groups:
+            raise PlanError("no group has more than one unit left")
+        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to)
 
     def cost(self) -> Cost:
         """What the network costs as gated now."""
@@ -191,12 +274,13 @@ class GateSession:
             VerificationError: the small network differs; the model is whole again all the same.
         """
         plan = self.harden()
+        keep = self.control.keep
         source = self.model if model is None else model
         if model is not None:
             _ungate(model)
         self.detach()
-        small = self._surgeon.cut(source, plan.keep)
-        check_equal(source, small, self._surgeon.grouping, plan.keep, self._surgeon.example_inputs)
+        small = self._surgeon.cut(source, keep)
+        check_equal(source, small, self._surgeon.grouping, keep, self._surgeon.example_inputs)
         self.plan = plan
         return small
 
@@ -225,7 +309,11 @@ class GateSession:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _plan(self) -> ChannelPlan:
-        return make_plan(self._fingerprint, self._surgeon.costs, self.control.keep, {"importance": "gates"})
+        keep = {
+            name: tuple(units[i] for i in self.control.keep[name]) if name in self.control.keep else units
+            for name, units in self._original.items()
+        }
+        return make_plan(self._fingerprint, self._costs, keep, {"importance": "gates"})
 
     def _attach(self) -> None:
         grouping = self._surgeon.grouping
@@ -244,10 +332,12 @@ class GateSession:
                 if tensor is not None:
                     places.setdefault(id(tensor), []).append((module, leaf))
                     names[f"{path}.{leaf}" if path else leaf] = tensor
+        orders: dict[nn.Module, list[str]] = {}
         for name, sites in by_name.items():
             weight = names[name]
             for module, leaf in places[id(weight)]:
-                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim()).to(weight.device)
+                order = orders.setdefault(module, list(module._parameters))
+                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim(), order).to(weight.device)
                 gated.train(module.training)
                 parametrize.register_parametrization(module, leaf, gated, unsafe=True)
                 self._owners.append((module, leaf))
@@ -270,5 +360,11 @@ def _ungate(model: nn.Module) -> None:
         if not parametrize.is_parametrized(module):
             continue
         for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr]
-            if any(isinstance(p, GatedWeight) for p in chain):
+            gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
+            if gated is not None:
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+                # torch registers the weight anew, as the last one: optimizers and checkpoints go by the order.
+                rank = {name: i for i, name in enumerate(gated.order)}
+                ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
+                module._parameters.clear()
+                module._parameters.update(ordered)

@@ -72,11 +72,14 @@ def rebuild(
     except TraceError as error:
         warnings.warn(f"{error} Its eval graph is used, with dropout and batch norm in train mode.", stacklevel=2)
         graphs[True] = (_with_flags(graphs[False][0]), graphs[False][1])
+        call.outputs[True] = call.outputs[False]
+        call.fixed |= {True} if False in call.fixed else set()
     for training, (graph, constants) in graphs.items():
         for name, tensor in constants.items():
             skeleton.register_buffer(name, tensor, persistent=False)
         _rewrite(graph, model, skeleton, call.tensors, cut, constants, training)
     small = RebuiltModule(skeleton, {t: g for t, (g, _) in graphs.items()}, call, type(model).__name__)
+    call.tensors = [t.detach().to("meta") for t in call.tensors]
     small.train(model.training)
     check_equal(model, small, grouping, keep, example_inputs)
     return small
@@ -178,7 +181,8 @@ class _Call:
     signature: inspect.Signature
     arguments: dict[str, Any]
     tensors: list[Tensor]
-    outputs: dict[bool, Any]
+    outputs: dict[bool, Any]  # by training
+    fixed: set[bool]  # the modes in which the batch size is fixed
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Inputs) -> _Call:
@@ -187,10 +191,15 @@ class _Call:
         signature = inspect.signature(model.forward)
         tensors: list[Tensor] = []
         bound = signature.bind(*args, **kwargs).arguments
-        return cls(signature, {k: _template(v, tensors) for k, v in bound.items()}, tensors, {})
+        return cls(signature, {k: _template(v, tensors) for k, v in bound.items()}, tensors, {}, set())
 
-    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors of a call, in the order of the example's."""
+    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> list[Tensor]:
+        """The tensors of a call, in the order of the example's.
+
+        Raises:
+            TypeError: an argument that is not a tensor is not what it was in the example.
+            ValueError: a tensor has another shape than in the example (but for the batch size).
+        """
         bound = self.signature.bind(*args, **kwargs).arguments
         found: dict[int, Tensor] = {}
         for name, parameter in self.signature.parameters.items():
@@ -198,6 +207,16 @@ class _Call:
                 _match(self.arguments[name], bound.get(name, parameter.default), name, found)
             elif name in bound:
                 _match(parameter.default, bound[name], name, found)
+        batch = next((t.shape[0] for t in self.tensors if t.dim()), 0)
+        sizes = [batch] if training in self.fixed else []
+        for i, old in enumerate(self.tensors):
+            first = 1 if old.dim() and old.shape[0] == batch else 0
+            sizes += found[i].shape[:first]
+            if found[i].shape[first:] != old.shape[first:] or (first and sizes[-1] != sizes[0]):
+                raise ValueError(
+                    f"tensor {i} of the input has shape {tuple(found[i].shape)}; the exported graph was made for "
+                    f"{tuple(old.shape)}" + ("" if training in self.fixed else ", with any batch size in common")
+                )
         return [found[i] for i in range(len(found))]
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
@@ -248,7 +267,7 @@ class RebuiltModule(fx.GraphModule):
         return code
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self._compiled[self.training](self, *self._call.flat(args, kwargs))
+        out = self._compiled[self.training](self, *self._call.flat(args, kwargs, self.training))
         return _fill(self._call.outputs[self.training], out)
 
     def train(self, mode: bool = True) -> RebuiltModule:
@@ -304,20 +323,26 @@ def _exported(model: nn.Module, call: _Call, training: bool) -> tuple[fx.Graph, 
     inputs = [torch.cat([t, t]) if batch == 1 and t.dim() and t.shape[0] == 1 else t for t in call.tensors]
     free = [{0: torch.export.Dim.AUTO} if t.dim() and t.shape[0] == batch else None for t in call.tensors]
     name, mode = type(model).__name__, "train" if training else "eval"
-    program: Any = None
+    module: Any = None
     with _in_mode(model, training), _plain_attention(), torch.enable_grad():
         flat = _Flat(model, call, training).train(training)
         model.train(training)
-        for given, shapes in ((inputs, free), (call.tensors, None)):
+        for given, shapes in ((inputs, (free,)), (call.tensors, None)):
             try:
-                program = torch.export.export(flat, (given,), dynamic_shapes=None if shapes is None else (shapes,), strict=False)
-                break
+                module = torch.export.export(flat, (given,), dynamic_shapes=shapes, strict=False).module()
             except Exception as error:
-                failure = TraceError(f"torch.export could not capture {name} in {mode} mode: {type(error).__name__}: {error}.")
+                text = str(error).strip().partition("\n")[0]
+                failure = TraceError(f"torch.export could not capture {name} in {mode} mode: {type(error).__name__}: {text}.")
                 failure.__cause__ = error
-    if program is None:
+                continue
+            places = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+            if not any(f and isinstance(p, Tensor) and str(p.shape[0]).isdigit() for p, f in zip(places, free, strict=True)):
+                break
+            call.fixed.add(training)
+    if module is None:
         raise failure
-    module = program.module()
+    if training in call.fixed:
+        warnings.warn(f"the rebuilt {name} takes batches of {batch} only in {mode} mode: its code fixes the size", stacklevel=3)
     graph: fx.Graph = module.graph
     _inline(graph, module)
     graph.set_codegen(fx.graph.CodeGen())
@@ -382,6 +407,8 @@ def _with_flags(graph: fx.Graph) -> fx.Graph:
     """A copy of an eval graph with every flag for training set."""
     graph = copy.deepcopy(graph)
     for node in graph.nodes:
+        if _name(node) == "batch_norm" and _bound(node)["momentum"] == 0.0:  # momentum=None: torch says 0 in eval mode
+            _put(node, "momentum", 0.1)
         for flag in ("train", "training"):
             if flag in _bound(node):
                 _put(node, flag, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import AlreadyGatedError, PlanError, VerificationError
+from prunewise.core.errors import AlreadyGatedError, PlanError, SharedParameterError, VerificationError
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.sites import masked
@@ -85,6 +86,7 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
     """
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    require_unshared(model)
     surgeon = Surgeon.of(model, example_inputs)
     plan.check(model, surgeon.grouping.groups)
     small = surgeon.cut(model, plan.keep)
@@ -259,9 +261,9 @@ def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn
     new = dict(small.named_parameters())
     moves: dict[Tensor, tuple[Tensor, Mapping[int, npt.NDArray[np.int64]]]] = {}
     for name, old in model.named_parameters():
-        target = new.get(name)
-        dims = slices.get(name, {})
-        if target is None or take(old.detach()[:0] if not dims else old.detach(), dims).shape[1:] != target.shape[1:]:
+        target, dims = new.get(name), slices.get(name, {})
+        shape = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(old.shape))
+        if target is None or tuple(target.shape) != shape:
             raise PlanError(f"parameter {name!r} of the small model does not come from this model by this plan")
         moves[old] = (target, dims)
     for group in optimizer.param_groups:
@@ -269,8 +271,43 @@ def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn
     for old, (target, dims) in moves.items():
         state = optimizer.state.pop(old, None)
         if state is not None:
-            optimizer.state[target] = {
-                k: take(v, dims) if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
-            }
+            optimizer.state[target] = _sliced_state(state, old, dims)
+
+
+def _sliced_state(state: Mapping[str, Any], p: Tensor, dims: Mapping[int, npt.NDArray[np.int64]]) -> dict[str, Any]:
+    return {k: take(v, dims) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in state.items()}
+
+
+def graft(model: nn.Module, small: nn.Module) -> None:
+    """Give `model` the tensors and widths of its cut copy `small`. Modules stay the same objects; parameters are new."""
+    copies = dict(small.named_modules(remove_duplicate=False))
+    for name, module in list(model.named_modules()):
+        copied = copies[name]
+        module.__class__ = copied.__class__
+        vars(module).update({k: v for k, v in vars(copied).items() if k != "_modules"})
+
+
+def require_unshared(model: nn.Module) -> None:
+    """Raise where a module outside `model` holds one of its parameters: pruning would silently untie them.
+
+    Raises:
+        SharedParameterError: names the parameter and the other module.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = {id(m._parameters) for m in model.modules()}
+    parameters = [p for p in model.parameters()]
+    for store in gc.get_referrers(*parameters) if parameters else ():
+        if type(store) is not dict or id(store) in own:
+            continue
+        for owner in gc.get_referrers(store):
+            attributes = vars(owner) if isinstance(owner, nn.Module) else owner
+            if not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
+                continue
+            shared = next((names[id(p)] for p in store.values() if id(p) in names), None)
+            if shared is not None:
+                raise SharedParameterError(
+                    f"parameter {shared!r} is also held by a module outside the model: prune the model that contains both, or "
+                    "untie them first (give one a copy)"
+                )
 
 
