@@ -57,7 +57,10 @@ class Limits:
 
 
 def choose_units(
-    worth: Mapping[str, Scores], limits: Limits, slack: Mapping[str, float] | None = None
+    worth: Mapping[str, Scores],
+    limits: Limits,
+    slack: Mapping[str, float] | None = None,
+    start: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Remove the units of least worth until the limits are met, then put back what still fits.
 
@@ -66,6 +69,7 @@ def choose_units(
             groups.
         limits: the constraints.
         slack: looser cost limits to stop at instead (used on the way to the final ones).
+        start: the units to choose from (default: all); what is not among them is gone already.
 
     Returns:
         For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the floors do not
@@ -73,21 +77,23 @@ def choose_units(
     """
     floors = limits.floors
     ranked = {}
+    full = {}
     blocks: list[tuple[float, str, int]] = []  # (worth, group, units in the block), the first to go first
     for group in limits.groups:
         values = np.asarray(worth[group.name], dtype=np.float64)
         if not np.isfinite(values).all():
             raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the loss and the weights")
-        order = np.lexsort((np.arange(group.size)[::-1], values))
+        units = np.arange(group.size) if start is None else np.asarray(start[group.name], dtype=np.int64)
+        order = units[np.lexsort((-units, values[units]))]
         ranked[group.name] = order
+        full[group.name] = len(units)
         at, running = 0, -np.inf
-        for size in _block_sizes(group.size, floors[group.name], limits.round_to):
+        for size in _block_sizes(len(units), min(floors[group.name], len(units)), limits.round_to):
             running = max(running, float(values[order[at : at + size]].mean()))
             blocks.append((running, group.name, size))
             at += size
     # Stable: among equals, the blocks of one group stay in their order.
     blocks.sort(key=lambda block: block[0])
-    full = {g.name: g.size for g in limits.groups}
 
     def widths(removed: int) -> dict[str, int]:
         result = dict(full)
@@ -107,7 +113,7 @@ def choose_units(
         trial = {**kept, name: kept[name] + size}
         if limits.met(trial, slack):
             kept = trial
-    return {g.name: tuple(sorted(ranked[g.name][g.size - kept[g.name] :].tolist())) for g in limits.groups}
+    return {name: tuple(sorted(order[len(order) - kept[name] :].tolist())) for name, order in ranked.items()}
 
 
 def _block_sizes(size: int, floor: int, round_to: int) -> Sequence[int]:

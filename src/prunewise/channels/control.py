@@ -1,14 +1,16 @@
 """The control of the gates: when which channel closes, so that the cost follows a falling target.
 
-What a channel is worth is measured by its own gate: the gradient of the loss with respect to the gate is, to first order, what the
-loss would lose with the channel, and its mean square over steps (its Fisher mass) tells how far the loss would move. Divided by what the
-channel costs, it ranks all channels of the network on one scale. At every moment the gates of the lowest are closed, exactly as
-many as the target asks: that is the solution of min Σ worth(open) + λ·cost for the λ at which the cost meets the target, so λ
-needs no tuning and no chase.
+How many channels a layer needs is measured by its gates: the gradient of the loss with respect to a gate is, to first order, what the
+loss would lose with the channel, and its mean square over steps (its Fisher mass) tells how far the loss would move. Divided by
+what the channel costs, these masses are comparable through the whole network. Which channels of a layer go is another question:
+there the magnitude of the weights ranks better than the gradients do (measured), so the masses of a layer are handed to its channels in
+the order of their magnitude. At every moment the gates of the lowest are closed, exactly as many as the target asks: that is
+the solution of min Σ worth(open) + λ·cost for the λ at which the cost meets the target, so λ needs no tuning and no chase.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunewise.channels.choose import Limits, choose_units
+from prunewise.channels.choose import Limits, Scores, choose_units
 from prunewise.core.errors import NonFiniteError
 
 Keep = dict[str, tuple[int, ...]]
+Ranking = Callable[[], Mapping[str, Scores]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Schedule:
         memory: share of the steps over which gradients are averaged.
     """
 
-    observe: float = 0.05
-    close: float = 0.3
+    observe: float = 0.1
+    close: float = 0.2
     updates: int = 20
     memory: float = 0.1
 
@@ -47,9 +50,14 @@ class GateControl:
         total_steps: optimizer steps of the whole run.
         schedule: shares of the run.
         device: where the gradients live; the statistics are kept there, and read only when gates are set.
+        ranking: called when gates are set: one score a unit for each group, the order inside the group (higher = keep).
+            None: the masses themselves.
     """
 
-    def __init__(self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device) -> None:
+    def __init__(
+        self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device, ranking: Ranking | None = None
+    ) -> None:
+        self.ranking = ranking
         self.limits = limits
         self.full = limits.costs({}).as_dict()
         self.total_steps = total_steps
@@ -104,13 +112,17 @@ class GateControl:
         seen = float(self._weight)
         if seen == 0 and self.step > 0:
             raise NonFiniteError("no gradient of any gate was finite so far: look at the loss (NaN, or overflow)")
-        worth: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+        worth: dict[str, Scores] = {}
+        ranks = self.ranking() if self.ranking is not None else None
         for group, mass in zip(self.limits.groups, self._mass, strict=True):
             values = (mass.double() / max(seen, 1e-30)).cpu().numpy() / share[group.name]
-            closed = np.ones(group.size, dtype=bool)
-            closed[list(self.keep[group.name])] = False
-            worth[group.name] = np.where(closed, -1.0, values)
-        return choose_units(worth, self.limits, slack)
+            if ranks is not None:
+                # What a closed gate sees is no measure of the layer's need: only the open ones' masses are handed out.
+                units = np.array(self.keep[group.name])
+                order = units[np.argsort(ranks[group.name][units], kind="stable")]
+                values[order] = np.sort(values[units])
+            worth[group.name] = values
+        return choose_units(worth, self.limits, slack, self.keep)
 
     def shrink(self, limits: Limits) -> None:
         """Go on with the groups of the network without its closed channels (those that have more than one unit left)."""

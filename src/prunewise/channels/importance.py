@@ -21,12 +21,19 @@ Scores = npt.NDArray[np.float64]
 Importance = Callable[[nn.Module, Sequence[ChannelGroup]], Mapping[str, Scores]]
 
 
-def magnitude(model: nn.Module, groups: Sequence[ChannelGroup], *, p: int = 1) -> dict[str, Scores]:
+def magnitude(
+    model: nn.Module | Mapping[str, Tensor], groups: Sequence[ChannelGroup], *, p: int = 1
+) -> dict[str, Scores]:
     """Mean over a unit's weights of |w|^p, over every parameter that produces its channels.
+
+    Args:
+        model: a module, or its parameters by name.
+        groups: the groups to score.
+        p: the power.
 
     Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with equal weight.
     """
-    tensors = _tensors(model)
+    tensors = _tensors(model) if isinstance(model, nn.Module) else model
     scores = {}
     for group in groups:
         total = np.zeros(group.size)

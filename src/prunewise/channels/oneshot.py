@@ -15,6 +15,7 @@ from prunewise.channels.choose import Limits, Scores, choose_units
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, NoPrunableGroupError, PlanError
 from prunewise.core.groups import ChannelGroup, Choice, select
+from prunewise.core.inputs import describe
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import is_gated
 from prunewise.core.trace import Inputs
@@ -82,7 +83,8 @@ def plan_channels(
     else:
         raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
-    return make_plan(fingerprint(model), costs, choose_units(worth, limits), {"importance": name, "allocation": allocation})
+    notes = {"importance": name, "allocation": allocation}
+    return make_plan(fingerprint(model), costs, choose_units(worth, limits), notes, example_inputs)
 
 
 def limits_for(
@@ -103,14 +105,24 @@ def limits_for(
 
 
 def make_plan(
-    architecture: str, costs: CostModel, keep: Mapping[str, tuple[int, ...]], notes: Mapping[str, str]
+    architecture: str,
+    costs: CostModel,
+    keep: Mapping[str, tuple[int, ...]],
+    notes: Mapping[str, str],
+    example_inputs: Inputs = None,
 ) -> ChannelPlan:
     """A plan with its costs; groups that keep everything are left out."""
     sizes = {g.name: g.size for g in costs.groups}
     cut = {name: kept for name, kept in keep.items() if len(kept) < sizes[name]}
     after = costs({name: len(kept) for name, kept in cut.items()})
     return ChannelPlan(
-        cut, {n: sizes[n] for n in cut}, architecture, costs({}).as_dict(), after.as_dict(), dict(notes)
+        cut,
+        {n: sizes[n] for n in cut},
+        architecture,
+        costs({}).as_dict(),
+        after.as_dict(),
+        dict(notes),
+        describe(example_inputs),
     )
 
 

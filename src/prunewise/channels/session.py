@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunewise.channels.budget import Budget
-from prunewise.channels.choose import Limits
+from prunewise.channels.choose import Limits, Scores
 from prunewise.channels.control import GateControl, Keep, Schedule
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
+from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
@@ -122,6 +123,8 @@ class GateSession:
         self._costs = surgeon.costs  # of the original: plans are always plans for it
         self._original: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
         self._shrink_every = shrink_every
+        self._weights: dict[str, Tensor] = {}
+        control.ranking = self._magnitudes
 
     @property
     def groups(self) -> list[Any]:
@@ -315,6 +318,10 @@ class GateSession:
         }
         return make_plan(self._fingerprint, self._costs, keep, {"importance": "gates"})
 
+    def _magnitudes(self) -> dict[str, Scores]:
+        """L1 of the filters of every unit, as the weights are now."""
+        return magnitude(self._weights, self.control.limits.groups)
+
     def _attach(self) -> None:
         grouping = self._surgeon.grouping
         groups = self.control.limits.groups
@@ -326,12 +333,13 @@ class GateSession:
             by_name.setdefault(site.name, []).append(site)
         modules = list(self.model.named_modules())
         places: dict[int, list[tuple[nn.Module, str]]] = {}
-        names: dict[str, nn.Parameter] = {}
+        names: dict[str, Tensor] = {}
         for path, module in modules:
             for leaf, tensor in module._parameters.items():
                 if tensor is not None:
                     places.setdefault(id(tensor), []).append((module, leaf))
                     names[f"{path}.{leaf}" if path else leaf] = tensor
+        self._weights = dict(names)
         orders: dict[nn.Module, list[str]] = {}
         for name, sites in by_name.items():
             weight = names[name]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from prunewise.core import inputs as _inputs
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 
@@ -26,6 +27,8 @@ class ChannelPlan:
         fingerprint: identifies the architecture (names and shapes of parameters and buffers).
         cost_before, cost_after: totals, as `Cost.as_dict()` gives them.
         notes: free text by key (who made the plan, how); never read by prunewise.
+        inputs: structure of the example inputs that the model was traced on, as `core.inputs.describe` gives it; None
+            where it is not known. Loading a pruned model traces the architecture again on inputs of that structure.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -34,6 +37,7 @@ class ChannelPlan:
     cost_before: Mapping[str, int] = field(default_factory=dict)
     cost_after: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    inputs: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data, with its schema version."""
@@ -45,6 +49,7 @@ class ChannelPlan:
             "cost_before": dict(self.cost_before),
             "cost_after": dict(self.cost_after),
             "notes": dict(self.notes),
+            "inputs": self.inputs,
         }
 
     @classmethod
@@ -68,7 +73,7 @@ class ChannelPlan:
         for name, group in groups.items():
             size = group.get("size") if isinstance(group, dict) else None
             kept = group.get("keep") if isinstance(group, dict) else None
-            if not _is_count(size) or size < 1 or not isinstance(kept, list):
+            if not (isinstance(size, int) and _is_count(size)) or size < 1 or not isinstance(kept, list):
                 raise PlanError(f"channel plan, group {name!r}: needs 'size' (a count) and 'keep' (a list of indices)")
             _check_kept(name, kept, size)
             keep[str(name)], sizes[str(name)] = tuple(kept), size
@@ -81,7 +86,10 @@ class ChannelPlan:
         notes = data.get("notes", {})
         if not isinstance(notes, dict):
             raise PlanError("channel plan: 'notes' should be an object")
-        return cls(keep, sizes, fingerprint, costs[0], costs[1], {str(k): str(v) for k, v in notes.items()})
+        inputs = data.get("inputs")
+        _inputs.check(inputs)
+        texts = {str(k): str(v) for k, v in notes.items()}
+        return cls(keep, sizes, fingerprint, costs[0], costs[1], texts, inputs)
 
     def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         """Raise `PlanError` where the plan is not one for this model."""

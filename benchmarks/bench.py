@@ -1,0 +1,144 @@
+"""What every benchmark here shares: fair timing, a process of its own for memory, and results with their circumstances."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def circumstances(seed: int) -> dict[str, Any]:
+    """Where, when, how and with what this ran."""
+    import prunewise
+
+    info = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "prunewise": prunewise.__version__},
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_1min": round(os.getloadavg()[0], 2),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+    }
+    if torch.cuda.is_available():
+        info["hardware"]["gpu"] = torch.cuda.get_device_name()
+    try:
+        where = Path(__file__).parent
+        info["commit"] = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return info
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write(name: str, results: Mapping[str, Any], table: str, seed: int = 0) -> None:
+    """`results/<name>.json` and `results/<name>.md`; the table is printed too."""
+    RESULTS.mkdir(exist_ok=True)
+    where = circumstances(seed)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**where, "results": results}, indent=1) + "\n")
+    hardware = where["hardware"]
+    foot = (
+        f"`{where['command']}`, {where['date']}, torch {where['versions']['torch']}, {hardware.get('gpu', hardware['cpu'])}, "
+        f"{hardware['threads']} threads, load {hardware['load_1min']} (other jobs ran: compare within a row only), seed {seed}."
+    )
+    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{foot}\n")
+    print(table, foot, sep="\n\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(str(v) for v in row) + " |" for row in rows])
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = 60, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each run, round by round: one call of each in turn, so that what else the machine does hits all alike.
+
+    The order turns from round to round. Stops after `rounds`, or after `seconds` once there are 5 rounds.
+    """
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for run in runs.values():
+        for _ in range(warm_up):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    end = time.perf_counter() + seconds
+    for number in range(rounds):
+        if number >= 5 and time.perf_counter() > end:
+            break
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            sync()
+            start = time.perf_counter()
+            runs[name]()
+            sync()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def compare(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Medians in ms; the median of the ratios within a round, with its quartiles and a 95 % interval (bootstrap)."""
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.tensor(ratios, dtype=torch.float64)
+    picks = torch.randint(len(ratios), (2000, len(ratios)), generator=draw)
+    medians = sample[picks].quantile(0.5, dim=1)
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return {
+        "ms": statistics.median(times) * 1e3,
+        "base_ms": statistics.median(base) * 1e3,
+        "ratio": statistics.median(ratios),
+        "ratio_low": float(medians.quantile(0.025)),
+        "ratio_high": float(medians.quantile(0.975)),
+        "ratio_q1": quartiles[0],
+        "ratio_q3": quartiles[2],
+        "best_ratio": min(times) / min(base),
+        "rounds": len(ratios),
+    }
+
+
+def in_child(code: str, arguments: Sequence[str], *, timeout: float = 600, path: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a Python file in a process of its own; what it prints last is JSON. Adds the process's peak memory."""
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, code, *arguments], capture_output=True, text=True, timeout=timeout, env=env, check=False
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    out: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return out
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
