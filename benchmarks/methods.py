@@ -262,8 +262,3 @@ METHODS: dict[str, type[Method]] = {
     "tp_group_norm": TPGroupNorm,
     "dense": Method,
 }
-
-
-def same_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device, in training mode."""
-    return model.to(device).train()

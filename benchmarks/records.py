@@ -48,8 +48,10 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 def environment(device: torch.device) -> Record:
     """Versions, hardware, time and code state; no host names and no paths."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("prunewise", "torch-pruning", "numpy"):
+    import prunewise
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "prunewise": prunewise.__version__}
+    for name in ("torch-pruning", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -71,13 +71,19 @@ def compare(model: nn.Module, x: Any, seed: int = 0, batch: bool = True) -> nn.M
     return small
 
 
-@pytest.mark.parametrize("name", ["resnet_a", "conv3d", "vit_qk_norm", "gpt2", "model_output", "frozen_backbone", "aux_head"])
+@pytest.mark.parametrize("name", ["conv3d", "model_output", "frozen_backbone", "aux_head"])
 def test_equals_the_masked_model(name: str) -> None:
     compare(*build(name))
 
 
+SLOW = [
+    "resnet_a", "vit_timm", "vit_qk_norm", "gpt2", "llama", "llama_gqa_sdpa", "seq2seq", "detection_head", "c2f_split", "bert",
+    "partial_conv_slice", "shufflenet_v2", "unet", "groupnorm_cnn", "lstm_classifier",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_timm", "llama", "llama_gqa_sdpa", "seq2seq", "detection_head", "c2f_split", "bert"])
+@pytest.mark.parametrize("name", SLOW)
 def test_equals_the_masked_model_slowly(name: str) -> None:
     compare(*build(name))
 
@@ -154,16 +160,15 @@ class Heads(nn.Module):
         return self.o(y.view(n, 4, t, 4).transpose(1, 2).reshape(n, t, 16))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("kind", "shape"), [(Baked, (3, 6)), (Pieces, (3, 6)), (Strided, (3, 6)), (Heads, (3, 5, 8))])
-def test_integers_are_rewritten(kind: type[nn.Module], shape: tuple[int, ...], seed: int) -> None:
-    torch.manual_seed(seed)
+def test_integers_are_rewritten(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
     model = kind().double()
     if isinstance(model, Pieces):
         model.scale = model.scale.double()
         torch.set_default_dtype(torch.float64)
     try:
-        compare(model, torch.randn(shape, dtype=torch.float64), seed)
+        compare(model, torch.randn(shape, dtype=torch.float64))
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores
 from prunewise.channels.control import GateControl, Keep, Schedule
+from prunewise.channels.descent import DescentControl
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan
@@ -48,6 +49,7 @@ def attach_gates(
     shaping: Shaping = constant,
     initial: float = 1.0,
     shrink_every: int | None = None,
+    control: Literal["fisher", "descent"] = "fisher",
 ) -> GateSession:
     """Put trainable gates on every removable channel of `model`.
 
@@ -66,6 +68,8 @@ def attach_gates(
         schedule: when gates close; the default is the best one measured.
         shaping: slope of the gate function in the backward pass.
         initial: start value of the gate parameters, ≥ 0 (open).
+        control: how gates are learnt: "fisher" measures with their gradients what each layer needs (the default, the best
+            measured); "descent" moves them by plain gradient descent, as the paper does.
         shrink_every: remove closed channels for good every so many steps, so that training gets faster as it prunes. The
             model is shrunk in place (modules stay the same objects, parameters are new); `step()` then needs the optimizer,
             whose state is sliced along.
@@ -101,8 +105,14 @@ def attach_gates(
     require_unshared(model)
     device = next(model.parameters()).device
     gates = Gates([g.size for g in limits.groups], device, shaping, initial)
-    control = GateControl(limits, total_steps, schedule or Schedule(), device)
-    session = GateSession(model, surgeon, gates, control, initial, shrink_every)
+    plan = schedule or Schedule()
+    if control == "fisher":
+        steering = GateControl(limits, total_steps, plan, device)
+    elif control == "descent":
+        steering = DescentControl(limits, total_steps, plan, device, initial=initial)
+    else:
+        raise PlanError(f"control {control!r} should be 'fisher' or 'descent'")
+    session = GateSession(model, surgeon, gates, steering, initial, shrink_every)
     session._attach()
     return session
 

@@ -77,7 +77,7 @@ def rebuild(
     for training, (graph, constants) in graphs.items():
         for name, tensor in constants.items():
             skeleton.register_buffer(name, tensor, persistent=False)
-        _rewrite(graph, model, skeleton, call.tensors, cut, constants, training)
+        _rewrite(graph, model, skeleton, call.tensors if training in call.fixed else call.doubled(), cut, constants, training)
     small = RebuiltModule(skeleton, {t: g for t, (g, _) in graphs.items()}, call, type(model).__name__)
     call.tensors = [t.detach().to("meta") for t in call.tensors]
     small.train(model.training)
@@ -219,6 +219,12 @@ class _Call:
                 )
         return [found[i] for i in range(len(found))]
 
+    def doubled(self) -> list[Tensor]:
+        """The example's tensors; twice, where the batch size is 1: export takes a size of 1 for a constant."""
+        if next((t.shape[0] for t in self.tensors if t.dim()), 0) != 1:
+            return self.tensors
+        return [torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in self.tensors]
+
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Call the original with other tensors."""
         bound = self.signature.bind_partial()
@@ -319,15 +325,13 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def _exported(model: nn.Module, call: _Call, training: bool) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The graph of one mode, tensors by the model's own names; and tensors it holds that the model does not name."""
     batch = next((t.shape[0] for t in call.tensors if t.dim()), None)
-    # Export takes a size of 1 for a constant.
-    inputs = [torch.cat([t, t]) if batch == 1 and t.dim() and t.shape[0] == 1 else t for t in call.tensors]
     free = [{0: torch.export.Dim.AUTO} if t.dim() and t.shape[0] == batch else None for t in call.tensors]
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
     with _in_mode(model, training), _plain_attention(), torch.enable_grad():
         flat = _Flat(model, call, training).train(training)
         model.train(training)
-        for given, shapes in ((inputs, (free,)), (call.tensors, None)):
+        for given, shapes in ((call.doubled(), (free,)), (call.tensors, None)):
             try:
                 module = torch.export.export(flat, (given,), dynamic_shapes=shapes, strict=False).module()
             except Exception as error:
@@ -382,6 +386,7 @@ def _inline(graph: fx.Graph, module: nn.Module) -> None:
         values = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), node.args[at + 1 :], strict=True))
         with graph.inserting_before(node):
             if at == 1:
+                ambient = graph.call_function(torch.is_grad_enabled)
                 graph.call_function(torch._C._set_grad_enabled, (node.args[0],))
             out: Any = None
             for each in inner.graph.nodes:
@@ -390,7 +395,7 @@ def _inline(graph: fx.Graph, module: nn.Module) -> None:
                 elif each.op != "placeholder":
                     values[each] = graph.node_copy(each, values.__getitem__)
             if at == 1:
-                graph.call_function(torch._C._set_grad_enabled, (not node.args[0],))
+                graph.call_function(torch._C._set_grad_enabled, (ambient,))
         for user in list(node.users):
             if user.target is operator.getitem:
                 user.replace_all_uses_with(out[user.args[1]])
@@ -508,7 +513,7 @@ def _put(node: fx.Node, name: str, value: Any) -> None:
 class _Run:
     """A graph run node by node on fake tensors; `values` are of this run."""
 
-    def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, graph: fx.Graph, state: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
         self.graph, self.state, self.feed = graph, state, iter(inputs)
         self.values: dict[fx.Node, Any] = {}
 
@@ -560,12 +565,13 @@ def _rewrite(
     found = {n: [layouts.get(i) or Layout(s) for i, s in zip(ids[n], shapes[n], strict=True)] for n in ids}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     new = _Run(graph, _fakes(fake, small, constants), [fake.from_tensor(t.detach()) for t in inputs])
+    picks: dict[str, tuple[npt.NDArray[np.int64], torch.device]] = {}
     with torch.no_grad(), fake:
         for node in list(graph.nodes):
             predicted = [cut.shape(layout) for layout in found[node]]
             try:
                 if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                    _Fix(node, old, new, found, predicted, cut, small).apply()
+                    _Fix(node, old, new, found, predicted, cut, picks).apply()
                 value = new.step(node)
             except VerificationError:
                 raise
@@ -577,6 +583,8 @@ def _rewrite(
             before = old.values[node]
             if isinstance(value, int) and not isinstance(value, bool) and value != before and value:
                 _correct(node, value, before, new)  # a number computed from a width is what it was
+    for name, (index, device) in picks.items():
+        small.register_buffer(name, torch.from_numpy(index).to(device), persistent=False)
 
 
 def _fakes(fake: FakeTensorMode, module: nn.Module, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -621,7 +629,7 @@ class _Fix:
     layouts: dict[fx.Node, list[Layout]]
     predicted: list[tuple[int, ...]]
     cut: _Cut
-    small: nn.Module
+    picks: dict[str, tuple[npt.NDArray[np.int64], torch.device]]
 
     def apply(self) -> None:
         """Rewrite; what is not known here is found out by the comparison of shapes that follows."""
@@ -705,12 +713,11 @@ class _Fix:
         elif len(steps) <= 1:
             self.node.args = (x, dim, int(stay[0]), int(stay[-1]) + 1, int(steps[0]) if len(steps) else 1)
         else:  # every other channel, say, of which some went
-            index = torch.from_numpy(stay)
-            target = f"_picked_{len(self.small._buffers)}"
-            self.small.register_buffer(target, index, persistent=False)
-            self.new.state[target] = index  # type: ignore[index]
+            target = f"_picked_{len(self.new.state)}"  # unlike all names there are
+            self.picks[target] = (stay, self.new.values[x].device)
+            self.new.state[target] = torch.from_numpy(stay).to(self.new.values[x].device)
             with self.node.graph.inserting_before(self.node):
-                picked = self.node.graph.get_attr(target)
+                picked = self.node.graph.create_node("get_attr", target)
             self.new.step(picked)
             self.node.target, self.node.args = _aten.index_select.default, (x, dim, picked)
 
