@@ -50,13 +50,17 @@ def ignored_layers(model: nn.Module) -> list[nn.Module]:
 def magnitude(model: nn.Module, example: Tensor, limit: float, *, global_pruning: bool) -> tuple[nn.Module, dict[str, Any]]:
     """MagnitudePruner with group L2 importance in one step, at the smallest pruning ratio that meets `limit` MACs.
 
+    Where all layers share one ratio, rounding to whole channels can leave it several percent under the limit; so, through
+    `pruning_ratio_dict`, as many of the first layers as fit get the next lower ratio.
+
     Returns:
         The pruned copy, and the settings found.
     """
     tp = torch_pruning()
     assert tp is not None
+    names = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and path.endswith(".conv1")]
 
-    def pruned(ratio: float) -> nn.Module:
+    def pruned(ratio: float, looser: float = 0.0, count: int = 0) -> nn.Module | None:
         small = copy.deepcopy(model).eval()
         tp.pruner.MagnitudePruner(
             small,
@@ -64,23 +68,33 @@ def magnitude(model: nn.Module, example: Tensor, limit: float, *, global_pruning
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             global_pruning=global_pruning,
             pruning_ratio=ratio,
+            pruning_ratio_dict={small.get_submodule(name): looser for name in names[:count]},
             iterative_steps=1,
             ignored_layers=ignored_layers(small),
         ).step()
-        return small
+        return small if counted_macs(small, example) <= limit else None
 
     low, high = 0.0, 1.0
     best = None
     for _ in range(12):
         ratio = (low + high) / 2
         small = pruned(ratio)
-        if counted_macs(small, example) <= limit:
-            best, high = (small, ratio), ratio
-        else:
+        if small is None:
             low = ratio
+        else:
+            best, high = small, ratio
     if best is None:
         raise RuntimeError(f"no pruning ratio brings the model to {limit:,.0f} MACs")
-    return best[0], {"pruning_ratio": best[1], "global_pruning": global_pruning, "importance": "GroupMagnitude p=2"}
+    count, too_many = 0, len(names)
+    while not global_pruning and too_many - count > 1:
+        middle = (count + too_many) // 2
+        small = pruned(high, low, middle)
+        if small is None:
+            too_many = middle
+        else:
+            best, count = small, middle
+    notes = {"pruning_ratio": high, "global_pruning": global_pruning, "importance": "GroupMagnitude p=2"}
+    return best, notes | ({"first_layers": count, "their_ratio": low} if count else {})
 
 
 class GroupSparsity:

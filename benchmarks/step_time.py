@@ -62,16 +62,14 @@ def main() -> None:
     plain = build(args.model, args.weights).to(args.device).train()
     x = example(args.model, args.batch).to(args.device)
     y = torch.randint(10, (args.batch,), device=args.device)
-    # Three phases of a session: observing (all open), closing (gates set often), closed (frozen at the budget).
+    # Two phases of a session: all gates open and watched; and closing, where they are set anew every few steps.
     kinds: dict[str, tuple[nn.Module, pw.GateSession | None]] = {"plain": (plain, None)}
     kinds["plain again"] = (copy.deepcopy(plain), None)  # the noise floor: the same thing twice
-    for phase, total in (("gated, open", 10**6), ("gated, closing", 10**4), ("gated, closed", 10**6)):
+    for phase, total in (("gated, open", 10**6), ("gated, closing", 10**4)):
         model = copy.deepcopy(plain)
         session = pw.attach_gates(model, x, budget=pw.Budget(macs=args.budget), total_steps=total)
         if phase == "gated, closing":
             session.control.step = int(0.15 * total)
-        elif phase == "gated, closed":
-            session.harden()
         kinds[phase] = (model, session)
     results = {}
     for compiled in (False, True) if args.compile else (False,):

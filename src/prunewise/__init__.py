@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         AlreadyGatedError,
         BudgetError,
         CheckpointError,
+        DataError,
         NonFiniteError,
         NoPrunableGroupError,
         PlanError,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from prunewise.core.plan import ChannelPlan
     from prunewise.core.surgery import apply_plan, migrate_optimizer
     from prunewise.io import load_pruned, save_pruned
-    from prunewise.recipes import compress
+    from prunewise.recipes import CompressReport, CompressResult, compress
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,10 @@ __all__ = [
     "ChannelGroup",
     "ChannelPlan",
     "CheckpointError",
+    "CompressReport",
+    "CompressResult",
     "Cost",
+    "DataError",
     "GateSession",
     "NoPrunableGroupError",
     "NonFiniteError",
@@ -71,7 +75,7 @@ _HOMES = {
     "core.plan": ("ChannelPlan",),
     "core.surgery": ("apply_plan", "migrate_optimizer"),
     "io": ("load_pruned", "save_pruned"),
-    "recipes": ("compress",),
+    "recipes": ("CompressReport", "CompressResult", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -42,6 +42,7 @@ _SUPPORTED = frozenset(DTYPES.values())
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place, whole and on disk, when the block ends without an error."""
+    _sweep(path.parent, f".{path.name}.*.tmp")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
@@ -57,16 +58,12 @@ def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` at one stroke: a reader finds the old file or the new one."""
     text = json.dumps(data, indent=1, allow_nan=False)
     if len(text.encode()) > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} would be larger than {MAX_JSON_BYTES >> 20} MiB, more than is read again"
-        )
+        raise CheckpointError(f"{path} would be larger than {MAX_JSON_BYTES >> 20} MiB, more than is read again")
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def stage_tensors(
-    directory: Path, tensors: Mapping[str, Tensor], name: Callable[[str], str]
-) -> tuple[Path, str]:
+def stage_tensors(directory: Path, tensors: Mapping[str, Tensor], name: Callable[[str], str]) -> tuple[Path, str]:
     """Write `tensors` as a safetensors file whose name, `name(hash)`, is its own until somebody renames it.
 
     Returns:
@@ -75,10 +72,9 @@ def stage_tensors(
     for key, tensor in tensors.items():
         if tensor.dtype not in _SUPPORTED or tensor.layout != torch.strided or tensor.is_meta:
             kind = "on the meta device" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-            raise CheckpointError(
-                f"tensor {key!r} is {kind}, which cannot be saved: convert it to a plain dtype first"
-            )
+            raise CheckpointError(f"tensor {key!r} is {kind}, which cannot be saved: convert it to a plain dtype first")
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
+    _sweep(directory, ".weights.*.tmp")
     temporary = directory / f".weights.{secrets.token_hex(6)}.tmp"
     try:
         # contiguous() gives back views of larger storages as they are, which safetensors refuses
@@ -93,6 +89,12 @@ def stage_tensors(
     finally:
         temporary.unlink(missing_ok=True)
     return path, digest
+
+
+def _sweep(directory: Path, pattern: str) -> None:
+    """Remove what a killed process left. Two processes must not write to one folder at the same time."""
+    for old in directory.glob(pattern):
+        old.unlink(missing_ok=True)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,14 +123,10 @@ def _sync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading; no symbolic link, pipe or device."""
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if path.is_symlink():
-            raise CheckpointError(
-                f"{path} is a symbolic link, which is not followed: put the file itself there"
-            )
+            raise CheckpointError(f"{path} is a symbolic link, which is not followed: put the file itself there")
         handle = os.open(path, flags)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: name the folder that save_pruned wrote") from None
@@ -201,9 +199,7 @@ class TensorFile:
         self.entries = self._checked(parse_json(raw, f"{what}, header"), length - 8 - size)
 
     def _error(self, problem: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._what} is damaged: {problem}. Save the model again, or copy the files again"
-        )
+        return CheckpointError(f"{self._what} is damaged: {problem}. Save the model again, or copy the files again")
 
     def _take(self, size: int) -> bytes:
         raw = self._file.read(size)
@@ -219,9 +215,7 @@ class TensorFile:
         entries = {}
         for name, value in header.items():
             match value:
-                case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if (
-                    len(value) == 3
-                ):
+                case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if len(value) == 3:
                     pass
                 case _:
                     raise self._error(f"tensor {name[:80]!r} lacks a dtype, a shape or data offsets")
@@ -232,9 +226,7 @@ class TensorFile:
             if not (type(start) is int and type(end) is int and 0 <= start <= end <= length):
                 raise self._error(f"tensor {name[:80]!r} lies outside the file")
             if math.prod(shape) * DTYPES[dtype].itemsize != end - start:
-                raise self._error(
-                    f"tensor {name[:80]!r}: shape {str(shape)[:80]} does not take {end - start:,} bytes"
-                )
+                raise self._error(f"tensor {name[:80]!r}: shape {str(shape)[:80]} does not take {end - start:,} bytes")
             entries[name] = Entry(DTYPES[dtype], tuple(shape), start, end - start)
         at = 0
         for name, entry in sorted(entries.items(), key=lambda e: (e[1].start, e[1].size_bytes)):
@@ -256,7 +248,7 @@ class TensorFile:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
             if entry.size_bytes:
                 raw = tensor.view(-1).view(torch.uint8)
-                buffer = memoryview(raw.numpy()).cast("B")
+                buffer = memoryview(raw.numpy().data).cast("B")
                 for at in range(0, entry.size_bytes, _CHUNK):
                     part = buffer[at : at + _CHUNK]
                     filled = 0

@@ -31,9 +31,7 @@ def save_state(directory: Path, name: str, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     data = _pack(state, tensors, "state")
     path, digest = stage_tensors(directory, tensors, lambda sha256: f"{name}-{sha256[:32]}.safetensors")
-    write_json(
-        directory / f"{name}.json", {"kind": _KIND, "format": _FORMAT, "sha256": digest, "state": data}
-    )
+    write_json(directory / f"{name}.json", {"kind": _KIND, "format": _FORMAT, "sha256": digest, "state": data})
     for old in directory.glob(f"{name}-*.safetensors"):
         if old != path:
             old.unlink(missing_ok=True)
@@ -50,9 +48,7 @@ def load_state(directory: Path, name: str) -> Any:
         return None
     data = read_json(path)
     if data.get("kind") != _KIND or data.get("format") != _FORMAT or not is_sha256(data.get("sha256")):
-        raise CheckpointError(
-            f"{path} is not the state of a run of this version of prunewise: use another folder"
-        )
+        raise CheckpointError(f"{path} is not the state of a run of this version of prunewise: use another folder")
     weights = directory / f"{name}-{data['sha256'][:32]}.safetensors"
     with opened(weights) as file:
         tensors = TensorFile(file, str(weights)).read(data["sha256"])

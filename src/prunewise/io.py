@@ -93,9 +93,7 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
     weights: dict[str, Any] = {
         "format": _FORMAT,
         "strides": {
-            n: list(t.stride())
-            for n, t in tensors.items()
-            if not _is_plain(t) and _is_dense(t.shape, t.stride())
+            n: list(t.stride()) for n, t in tensors.items() if not _is_plain(t) and _is_dense(t.shape, t.stride())
         },
         "tied": tied,
         "frozen": [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad],
@@ -140,9 +138,7 @@ def load_pruned(
         saved = TensorFile(file, str(folder / WEIGHTS_FILE))
         model = factory()
         if not isinstance(model, nn.Module):
-            raise CheckpointError(
-                f"the factory returned a {type(model).__name__}: it should build the original model"
-            )
+            raise CheckpointError(f"the factory returned a {type(model).__name__}: it should build the original model")
         small = _rebuilt(folder, model, plan, weights, saved, example_inputs)
         _fill(small, weights, saved)
     _set_modes(small, weights)
@@ -167,9 +163,7 @@ def _rebuilt(
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     if example_inputs is None:
         if plan.inputs is None:
-            raise CheckpointError(
-                f"{where} does not record what the model's inputs look like: give example_inputs"
-            )
+            raise CheckpointError(f"{where} does not record what the model's inputs look like: give example_inputs")
         try:
             example_inputs = _inputs.blank(plan.inputs, device)
         except PlanError as error:
@@ -242,14 +236,10 @@ def _fill(small: nn.Module, weights: Mapping[str, Any], saved: TensorFile) -> No
                 f"tensor {name!r} was saved with shape {entry.shape}; the plan makes {tuple(tensor.shape)}"
             )
         if entry.dtype != tensor.dtype:
-            raise CheckpointError(
-                f"tensor {name!r} was saved as {entry.dtype}; the architecture has {tensor.dtype}"
-            )
+            raise CheckpointError(f"tensor {name!r} was saved as {entry.dtype}; the architecture has {tensor.dtype}")
     parameters = {n for n, t in tensors.items() if isinstance(t, nn.Parameter)}
     if not set(weights["frozen"]) <= parameters:
-        raise CheckpointError(
-            f"{PLAN_FILE}: 'frozen' names no parameter: {_some(set(weights['frozen']) - parameters)}"
-        )
+        raise CheckpointError(f"{PLAN_FILE}: 'frozen' names no parameter: {_some(set(weights['frozen']) - parameters)}")
     for name, strides in weights["strides"].items():
         if name not in tensors or not _is_dense(tensors[name].shape, strides):
             raise CheckpointError(
@@ -298,9 +288,7 @@ def _checked_weights(data: Any) -> dict[str, Any]:
         groups = False
     valid = counts and groups and strings(data.get("frozen")) and strings(data.get("other_mode"))
     if not valid or type(data.get("training")) is not bool or not is_sha256(data.get("sha256")):
-        raise PlanError(
-            "the section 'weights' is damaged: its strides, ties, names, mode or SHA-256 are not valid"
-        )
+        raise PlanError("the section 'weights' is damaged: its strides, ties, names, mode or SHA-256 are not valid")
     return data
 
 
@@ -380,7 +368,4 @@ def _is_dense(shape: torch.Size, strides: Any) -> bool:
 
 def _some(names: Any) -> str:
     names = sorted(names)
-    return (
-        ", ".join(n[:80] for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        or "none"
-    )
+    return ", ".join(n[:80] for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"

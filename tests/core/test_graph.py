@@ -25,9 +25,8 @@ from prunewise.core.trace import as_call, tensors_of
 
 def draw(costs: CostModel, seed: int = 0) -> dict[str, tuple[int, ...]]:
     rnd = random.Random(seed)
-    return {
-        g.name: tuple(sorted(rnd.sample(range(g.size), max(1, round(g.size * rnd.uniform(0.3, 0.9)))))) for g in costs.groups
-    }
+    sizes = {g.name: (g.size, max(1, round(g.size * rnd.uniform(0.3, 0.9)))) for g in costs.groups}
+    return {name: tuple(sorted(rnd.sample(range(n), k))) for name, (n, k) in sizes.items()}
 
 
 def one_more(inputs: Any) -> Any:
@@ -77,7 +76,8 @@ def test_equals_the_masked_model(name: str) -> None:
 
 
 SLOW = [
-    "resnet_a", "vit_timm", "vit_qk_norm", "gpt2", "llama", "llama_gqa_sdpa", "seq2seq", "detection_head", "c2f_split", "bert",
+    "resnet_a", "vit_timm", "vit_qk_norm", "gpt2", "llama", "llama_gqa_sdpa", "seq2seq", "detection_head",
+    "c2f_split", "bert",
     "partial_conv_slice", "shufflenet_v2", "unet", "groupnorm_cnn", "lstm_classifier",
 ]  # fmt: skip
 
@@ -131,6 +131,7 @@ class Pieces(nn.Module):
         with torch.no_grad():
             mean = h.sum(0, keepdim=True).expand(n, 6) * self.scale
         h = h + mean + F.pad(self.b(x)[:, 1:5], (1, 1))
+        h = h.reshape(n * 6).reshape(n, 6)
         y = self.c(x).clone()
         y[:, :3] = y[:, 3:] * 2
         return self.out(h * y / (h.numel() / n))
@@ -179,7 +180,7 @@ def test_is_called_like_the_original() -> None:
     small.eval()
     out = small(x=x, scale=1.0)
     assert out["flag"] is True and torch.equal(out["y"][0], small(x)["y"][0])
-    with pytest.raises(TypeError, match="scale is fixed to 1.0"):
+    with pytest.raises(TypeError, match="scale is fixed"):
         small(x, 2.0)
     with pytest.raises(TypeError, match="nope"):
         small(x, nope=1)
@@ -190,7 +191,7 @@ def test_is_called_like_the_original() -> None:
 def test_a_batch_of_one_frees_the_batch_size() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        costs, keep, small = prepare(Baked().eval(), torch.randn(1, 6))
+        _, _, small = prepare(Baked().eval(), torch.randn(1, 6))
     assert small(torch.randn(5, 6))["y"][0].shape == (5, 2)
 
 
@@ -202,7 +203,7 @@ def test_a_train_mode_that_wants_more_arguments() -> None:
             return self.tail(x, x.shape[0])
 
     model, x = Targets(), torch.randn(4, 6)
-    with pytest.warns(UserWarning, match="targets, please"):
+    with pytest.warns(UserWarning, match="targets"):
         _, _, small = prepare(model, x)
     before = small.bn.running_mean.clone()
     small.train()(x)
@@ -218,7 +219,7 @@ def test_can_be_measured_and_cut_again() -> None:
 
 def test_meta_and_the_original_is_left_alone() -> None:
     model, x = Baked().to("meta"), torch.randn(3, 6, device="meta")
-    before = {n: p for n, p in model.state_dict(keep_vars=True).items()}
+    before = dict(model.state_dict(keep_vars=True).items())
     _, _, small = prepare(model, x)
     assert small.a.weight.is_meta and small.a.weight.shape[0] < 12
     assert all(before[n] is p for n, p in model.state_dict(keep_vars=True).items()) and model.training

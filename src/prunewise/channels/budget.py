@@ -51,9 +51,13 @@ class Budget:
     def limits(self, full: Cost) -> dict[str, float]:
         """Absolute limits, for a network that costs `full` unpruned."""
         costs = full.as_dict()
-        return {name: value * costs[name] if isinstance(value, float) else value for name, value in self.given().items()}
+        return {
+            name: value * costs[name] if isinstance(value, float) else value for name, value in self.given().items()
+        }
 
-    def check_reachable(self, costs: CostModel, groups: list[ChannelGroup], floors: Mapping[str, int]) -> dict[str, float]:
+    def check_reachable(
+        self, costs: CostModel, groups: list[ChannelGroup], floors: Mapping[str, int]
+    ) -> dict[str, float]:
         """The absolute limits, if pruning `groups` down to `floors` units can meet them.
 
         Raises:
@@ -66,9 +70,9 @@ class Budget:
             if floor > limit:
                 full = costs({}).as_dict()[name]
                 raise BudgetError(
-                    f"{name} cannot come below {floor:,} ({floor / full:.3f} of {full:,}); the budget asks for {limit:,.0f} "
-                    f"({limit / full:.3f}). Layers that keep most of it: {_heaviest(costs, least, name)}. Pinned: "
-                    f"{_pins(costs, groups)}. Raise the budget, or include more groups"
+                    f"{name} cannot come below {floor:,} ({floor / full:.3f} of {full:,}); the budget asks for "
+                    f"{limit:,.0f} ({limit / full:.3f}). Layers that keep most of it: {_heaviest(costs, least, name)}. "
+                    f"Pinned: {_pins(costs, groups)}. Raise the budget, or include more groups"
                 )
         return limits
 

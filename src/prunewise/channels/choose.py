@@ -65,15 +65,15 @@ def choose_units(
     """Remove the units of least worth until the limits are met, then put back what still fits.
 
     Args:
-        worth: for each group, what a unit is worth per unit of cost (higher = keep), shape (units,); comparable between
-            groups.
+        worth: for each group, what a unit is worth per unit of cost (higher = keep), shape (units,);
+            comparable between groups.
         limits: the constraints.
         slack: looser cost limits to stop at instead (used on the way to the final ones).
         start: the units to choose from (default: all); what is not among them is gone already.
 
     Returns:
-        For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the floors do not
-        meet the limits, the floors.
+        For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the
+        floors do not meet the limits, the floors.
     """
     floors = limits.floors
     ranked = {}

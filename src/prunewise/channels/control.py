@@ -1,11 +1,13 @@
 """The control of the gates: when which channel closes, so that the cost follows a falling target.
 
-How many channels a layer needs is measured by its gates: the gradient of the loss with respect to a gate is, to first order, what the
-loss would lose with the channel, and its mean square over steps (its Fisher mass) tells how far the loss would move. Divided by
-what the channel costs, these masses are comparable through the whole network. Which channels of a layer go is another question:
-there the magnitude of the weights ranks better than the gradients do (measured), so the masses of a layer are handed to its channels in
-the order of their magnitude. At every moment the gates of the lowest are closed, exactly as many as the target asks: that is
-the solution of min Σ worth(open) + λ·cost for the λ at which the cost meets the target, so λ needs no tuning and no chase.
+How many channels a layer needs is measured by its gates: the gradient of the loss with respect to a gate is,
+to first order, what the loss would lose with the channel, and its mean square over steps (its Fisher mass)
+tells how far the loss would move. Divided by what the channel costs, these masses are comparable through the
+whole network. Which channels of a layer go is another question: there the magnitude of the weights ranks
+better than the gradients do (measured), so the masses of a layer are handed to its channels in the order of
+their magnitude. At every moment the gates of the lowest are closed, exactly as many as the target asks: that
+is the solution of min Σ worth(open) + λ·cost for the λ at which the cost meets the target, so λ needs no
+tuning and no chase.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Ranking = Callable[[], Mapping[str, Scores]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shares of the training run. Nothing closes before `observe`; the budget is met at `close`; gates are frozen from there.
+    """Shares of the training run: gates watch, then close until the budget is met, then stay as they are.
 
     Attributes:
         observe: share of the steps in which gates only watch.
@@ -50,12 +52,17 @@ class GateControl:
         total_steps: optimizer steps of the whole run.
         schedule: shares of the run.
         device: where the gradients live; the statistics are kept there, and read only when gates are set.
-        ranking: called when gates are set: one score a unit for each group, the order inside the group (higher = keep).
-            None: the masses themselves.
+        ranking: called when gates are set: one score a unit for each group, the order inside the group (higher
+            = keep). None: the masses themselves.
     """
 
     def __init__(
-        self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device, ranking: Ranking | None = None
+        self,
+        limits: Limits,
+        total_steps: int,
+        schedule: Schedule,
+        device: torch.device,
+        ranking: Ranking | None = None,
     ) -> None:
         self.ranking = ranking
         self.limits = limits
@@ -117,7 +124,8 @@ class GateControl:
         for group, mass in zip(self.limits.groups, self._mass, strict=True):
             values = (mass.double() / max(seen, 1e-30)).cpu().numpy() / share[group.name]
             if ranks is not None:
-                # What a closed gate sees is no measure of the layer's need: only the open ones' masses are handed out.
+                # What a closed gate sees is no measure of the layer's need: only the open ones' masses are
+                # handed out.
                 units = np.array(self.keep[group.name])
                 order = units[np.argsort(ranks[group.name][units], kind="stable")]
                 values[order] = np.sort(values[units])
@@ -125,7 +133,7 @@ class GateControl:
         return choose_units(worth, self.limits, slack, self.keep)
 
     def shrink(self, limits: Limits) -> None:
-        """Go on with the groups of the network without its closed channels (those that have more than one unit left)."""
+        """Go on with the groups of the network without its closed channels, those of more than one unit."""
         masses = {g.name: mass for g, mass in zip(self.limits.groups, self._mass, strict=True)}
         self._mass = [masses[g.name][list(self.keep[g.name])] for g in limits.groups]
         self.keep = {g.name: tuple(range(g.size)) for g in limits.groups}

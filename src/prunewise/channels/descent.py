@@ -15,10 +15,11 @@ from prunewise.channels.control import GateControl, Keep, Schedule
 class DescentControl(GateControl):
     """Gate parameters move down the gradient of the loss plus λ times the cost over its target.
 
-    Every quantity is normalised, so that nothing has to be tuned between networks: the task's gradients by their root mean square
-    over all gates, the cost's gradient by its own. λ is proportional to the excess of the cost over a target that falls from the full
-    cost to the budget. Gates start spread, in the order of their units' magnitude, so that they close one after another
-    and not as an avalanche. When the target has reached the budget, the gates are frozen where the budget is met exactly.
+    Every quantity is normalised, so that nothing has to be tuned between networks: the task's gradients by
+    their root mean square over all gates, the cost's gradient by its own. λ is proportional to the excess of
+    the cost over a target that falls from the full cost to the budget. Gates start spread, in the order of
+    their units' magnitude, so that they close one after another and not as an avalanche. When the target has
+    reached the budget, the gates are frozen where the budget is met exactly.
 
     Source: the loss of arXiv 1904.10921; initial spread, falling target, λ and freezing are ours.
 
@@ -57,7 +58,7 @@ class DescentControl(GateControl):
             w.sub_(v, alpha=self._rate)
 
     def choose(self, slack: dict[str, float] | None = None) -> Keep:
-        """On the way: the gates that are at or above zero (and the floors); at the end: the highest that meet the budget."""
+        """On the way: the gates at or above zero, and the floors; at the end: the highest that meet the budget."""
         if slack is None:
             worth = {g.name: w.double().cpu().numpy() for g, w in zip(self.limits.groups, self._w, strict=True)}
             return choose_units(worth, self.limits)
@@ -76,7 +77,11 @@ class DescentControl(GateControl):
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on."""
-        return {**super().state_dict(), "w": [w.clone() for w in self._w], "velocity": [v.clone() for v in self._velocity]}
+        return {
+            **super().state_dict(),
+            "w": [w.clone() for w in self._w],
+            "velocity": [v.clone() for v in self._velocity],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""

@@ -49,9 +49,9 @@ def gate(w: Tensor, shaping: Shaping = constant) -> Tensor:
     Returns:
         Zeros and ones, shape and dtype of `w`.
 
-    Source: Kim, Park, Jung, Choe, arXiv 1904.10921, TGF(w; g) = b(w) + s(w)·g(w) with s(w) = (M·w − ⌊M·w⌋)/M. This is its
-    limit for M → ∞, value and slope: the literal formula's value is within sup|g|/M of it, and it is NaN in half precision
-    for a large M.
+    Source: Kim, Park, Jung, Choe, arXiv 1904.10921, TGF(w; g) = b(w) + s(w)·g(w) with s(w) = (M·w − ⌊M·w⌋)/M.
+    This is its limit for M → ∞, value and slope: the literal formula's value is within sup|g|/M of it, and it
+    is NaN in half precision for a large M.
 
     Example:
         >>> w = torch.tensor([-0.5, 0.0, 2.0], requires_grad=True)
@@ -61,7 +61,7 @@ def gate(w: Tensor, shaping: Shaping = constant) -> Tensor:
         >>> w.grad.tolist()
         [1.0, 1.0, 1.0]
     """
-    return _Step.apply(w, None if shaping is constant else shaping(w).detach())  # type: ignore[no-any-return]
+    return _Step.apply(w, None if shaping is constant else shaping(w).detach())  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Gates:
@@ -87,7 +87,13 @@ class GatedWeight(nn.Module):
     _prunewise_gate = True
 
     def __init__(
-        self, gates: Gates, sites: list[Site], offsets: list[int], sizes: list[int], ndim: int, order: list[str]
+        self,
+        gates: Gates,
+        sites: list[Site],
+        offsets: list[int],
+        sizes: list[int],
+        ndim: int,
+        order: list[str],
     ) -> None:
         super().__init__()
         self.order = order  # names of the parameters of the gated module, as they were

@@ -1,6 +1,7 @@
 """One-shot importances: what each unit is worth, from the weights or from a few batches.
 
-Each function maps (model, groups) to one score a unit, higher = keep, shape (units,), float64. Scores are not divided by cost.
+Each function maps (model, groups) to one score a unit, higher = keep, shape (units,), float64. Scores are not
+divided by cost.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def magnitude(
         groups: the groups to score.
         p: the power.
 
-    Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with equal weight.
+    Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with
+    equal weight.
     """
     tensors = _tensors(model) if isinstance(model, nn.Module) else model
     scores = {}
@@ -65,7 +67,8 @@ def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Scor
         if not found:
             raise PlanError(f"importance 'bn_scale': {group.name!r} has no normalisation layer; use 'magnitude'")
         scores[group.name] = sum(
-            (_reduced(tensors[m.name].detach().abs().double(), m.dim, m.indices) for m in found), np.zeros(group.size)
+            (_reduced(tensors[m.name].detach().abs().double(), m.dim, m.indices) for m in found),
+            np.zeros(group.size),
         )
     return scores
 
@@ -77,12 +80,16 @@ def random(model: nn.Module, groups: Sequence[ChannelGroup], *, seed: int = 0) -
 
 
 def taylor(
-    model: nn.Module, groups: Sequence[ChannelGroup], *, data: Iterable[Any], loss: Callable[..., Tensor] | None = None
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    *,
+    data: Iterable[Any],
+    loss: Callable[..., Tensor] | None = None,
 ) -> dict[str, Scores]:
     """Fisher mass of each unit's gate: mean over batches of (∂loss/∂gate)².
 
-    The gate of a unit multiplies the weights that read it, so ∂loss/∂gate = Σ w·∂loss/∂w over these: the first-order change of the
-    loss when the unit goes. Squared, it ranks by how far the loss would move either way.
+    The gate of a unit multiplies the weights that read it, so ∂loss/∂gate = Σ w·∂loss/∂w over these: the
+    first-order change of the loss when the unit goes. Squared, it ranks by how far the loss would move either way.
 
     Args:
         model: run in eval mode (batch statistics do not move); its gradients are left as they were.
@@ -95,7 +102,7 @@ def taylor(
     Raises:
         PlanError: no batch was given.
     """
-    tensors = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     names = sorted({m.name for g in groups for m in g.members if m.role == "in"})
     watched = [tensors[n] for n in names]
     needed = [p.requires_grad for p in watched]

@@ -44,10 +44,11 @@ def plan_channels(
         model: the network; not changed.
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
         budget: what the small network may cost.
-        importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "random" (uses `seed`), or a callable
-            from (model, groups) to {group name: scores of shape (units,), higher = keep}.
+        importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "random" (uses `seed`),
+            or a callable from (model, groups) to {group name: scores of shape (units,), higher = keep}.
         allocation: "uniform" keeps the same share of every group and ranks within groups; "global" ranks all units by
-            importance per cost. Default: "global" for "taylor" (its scores are comparable between layers), else "uniform".
+            importance per cost. Default: "global" for "taylor" (its scores are comparable between layers),
+            else "uniform".
         data, loss: batches and loss for "taylor"; see `importance.taylor`.
         include, exclude: names, shell patterns or a callable that select groups.
         min_keep: no group keeps fewer units.
@@ -88,7 +89,13 @@ def plan_channels(
 
 
 def limits_for(
-    model: nn.Module, costs: CostModel, budget: Budget, include: Choice, exclude: Choice, min_keep: int, round_to: int
+    model: nn.Module,
+    costs: CostModel,
+    budget: Budget,
+    include: Choice,
+    exclude: Choice,
+    min_keep: int,
+    round_to: int,
 ) -> Limits:
     """The limits of a choice, checked to be reachable."""
     if min_keep < 1 or round_to < 1:
@@ -97,7 +104,8 @@ def limits_for(
     if not groups:
         reasons = {g.reason for g in costs.grouping.groups if g.reason}
         raise NoPrunableGroupError(
-            f"no channel of this {type(model).__name__} can be removed: {'; '.join(sorted(reasons)[:4]) or 'all excluded'}"
+            f"no channel of this {type(model).__name__} can be removed: "
+            f"{'; '.join(sorted(reasons)[:4]) or 'all excluded'}"
         )
     limits = Limits(costs, tuple(groups), {}, min_keep, round_to)
     absolute = budget.check_reachable(costs, groups, limits.floors)

@@ -53,9 +53,9 @@ def attach_gates(
 ) -> GateSession:
     """Put trainable gates on every removable channel of `model`.
 
-    The gates multiply the weights that read the channels, so the gated model equals the pruned one at any time, and costs next
-    to nothing more to train. The model is changed in place: its weights are parametrised (`torch.nn.utils.parametrize`)
-    until `finish()` or `detach()`.
+    The gates multiply the weights that read the channels, so the gated model equals the pruned one at any
+    time, and costs next to nothing more to train. The model is changed in place: its weights are parametrised
+    (`torch.nn.utils.parametrize`) until `finish()` or `detach()`.
 
     Args:
         model: the network, on the device where it trains.
@@ -68,15 +68,15 @@ def attach_gates(
         schedule: when gates close; the default is the best one measured.
         shaping: slope of the gate function in the backward pass.
         initial: start value of the gate parameters, ≥ 0 (open).
-        control: how gates are learnt: "fisher" measures with their gradients what each layer needs (the default, the best
-            measured); "descent" moves them by plain gradient descent, as the paper does.
-        shrink_every: remove closed channels for good every so many steps, so that training gets faster as it prunes. The
-            model is shrunk in place (modules stay the same objects, parameters are new); `step()` then needs the optimizer,
-            whose state is sliced along.
+        control: how gates are learnt: "fisher" measures with their gradients what each layer needs (the
+            default, the best measured); "descent" moves them by plain gradient descent, as the paper does.
+        shrink_every: remove closed channels for good every so many steps, so that training gets faster as it
+            prunes. The model is shrunk in place (modules stay the same objects, parameters are new); `step()`
+            then needs the optimizer, whose state is sliced along.
 
     Returns:
-        The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and `gates.finish()` at
-        the end.
+        The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and
+        `gates.finish()` at the end.
 
     Raises:
         BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
@@ -121,7 +121,13 @@ class GateSession:
     """Gates on one model. Made by `attach_gates`."""
 
     def __init__(
-        self, model: nn.Module, surgeon: Surgeon, gates: Gates, control: GateControl, initial: float, shrink_every: int | None
+        self,
+        model: nn.Module,
+        surgeon: Surgeon,
+        gates: Gates,
+        control: GateControl,
+        initial: float,
+        shrink_every: int | None,
     ) -> None:
         self.model = model
         self.control = control
@@ -153,8 +159,8 @@ class GateSession:
     def penalty(self) -> Tensor:
         """λ · (cost / full cost − target), summed over the budget's kinds: what the gates still owe.
 
-        A scalar for the loss; its gradient with respect to the gates is applied by `step()`, exactly and not through the
-        optimizer, so its value informs (0 once the budget is met).
+        A scalar for the loss; its gradient with respect to the gates is applied by `step()`, exactly and not
+        through the optimizer, so its value informs (0 once the budget is met).
         """
         target = self.control.target() if not self.control.frozen else dict(self.control.limits.absolute)
         now = self.cost().as_dict()
@@ -176,7 +182,8 @@ class GateSession:
         gradients = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.values]
         if all(g.grad is None for g in self._gates.values):
             raise PrunewiseError(
-                "no gradient reached any gate: call loss.backward() on a loss of the gated model before gates.step(), and do not "
+                "no gradient reached any gate: call loss.backward() on a loss of the gated model before "
+                "gates.step(), and do not "
                 "clear the gates' gradients in between"
             )
         self.control.observe(gradients)
@@ -190,12 +197,13 @@ class GateSession:
     def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
         """Remove closed channels for good, in place; the gates, the optimizer's state and the plan follow.
 
-        Modules stay the same objects, so schedulers and compiled wrappers go on; parameters are new ones, and `optimizer` is
-        pointed at them. Weight averages made earlier keep the old shapes: start them after the last shrink.
+        Modules stay the same objects, so schedulers and compiled wrappers go on; parameters are new ones, and
+        `optimizer` is pointed at them. Weight averages made earlier keep the old shapes: start them after the
+        last shrink.
 
         Returns:
-            False where nothing is closed, or where the user's forward has widths written into it so that only the final
-            network can be made smaller (a warning says so once).
+            False where nothing is closed, or where the user's forward has widths written into it so that only
+            the final network can be made smaller (a warning says so once).
 
         Raises:
             PlanError: no optimizer was given.
@@ -221,7 +229,8 @@ class GateSession:
         move_optimizer(optimizer, self.model, small, slices)
         graft(self.model, small)
         self._original = {
-            name: tuple(units[i] for i in keep[name]) if name in keep else units for name, units in self._original.items()
+            name: tuple(units[i] for i in keep[name]) if name in keep else units
+            for name, units in self._original.items()
         }
         self.control.shrink(limits)
         self._surgeon = surgeon
@@ -231,7 +240,7 @@ class GateSession:
         return True
 
     def _limits_after(self, surgeon: Surgeon, keep: Keep) -> Limits:
-        """The limits for the shrunk model. Its groups must be the old ones, smaller; single units are no group any more."""
+        """The limits for the shrunk model: its groups are the old ones, smaller; a single unit is no group."""
         old = self.control.limits
         found = {g.name: g for g in surgeon.costs.groups}
         groups = []
@@ -256,9 +265,7 @@ class GateSession:
             known = {g.name: g.size for g in self.control.limits.groups}
             if known.get(name) != size:
                 raise PlanError(f"the plan is for a group {name!r} of {size} units, which has no gates here")
-        self.control.keep = {
-            g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups
-        }
+        self.control.keep = {g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups}
         self._show(self.control.keep)
 
     def harden(self) -> ChannelPlan:
@@ -277,7 +284,8 @@ class GateSession:
         """Harden the gates, remove what is closed, and return the small network, a plain module.
 
         Args:
-            model: a copy of the gated model to cut instead (an average of its weights, say); default: the model itself.
+            model: a copy of the gated model to cut instead (an average of its weights, say); default: the
+                model itself.
 
         Returns:
             A smaller copy, verified to compute what the gated model computes. The model itself gets its full weights
@@ -377,7 +385,8 @@ def _ungate(model: nn.Module) -> None:
     for module in list(model.modules()):
         if not parametrize.is_parametrized(module):
             continue
-        for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr]
+        chains: Any = module.parametrizations
+        for leaf, chain in list(chains.items()):
             gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
             if gated is not None:
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)

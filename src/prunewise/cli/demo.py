@@ -29,15 +29,9 @@ log = logging.getLogger(__name__)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("--macs", type=float, default=0.5, help="share of the MACs to keep (%(default)s)")
-    parser.add_argument(
-        "--epochs", type=int, default=12, help="epochs of each of the two trainings (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder (%(default)s)"
-    )
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of each of the two trainings (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,9 +88,7 @@ def run_demo(macs: float, epochs: int, seed: int, out: Path) -> dict[str, Any]:
     original = DigitsResNet().eval()
     original.load_state_dict(model.state_dict())
 
-    gates = pw.attach_gates(
-        model, example, budget=pw.Budget(macs=macs), total_steps=epochs * _steps_per_epoch(data)
-    )
+    gates = pw.attach_gates(model, example, budget=pw.Budget(macs=macs), total_steps=epochs * _steps_per_epoch(data))
     _train(model, data, epochs, lr=0.02, gates=gates)
     plan = gates.harden()
     gated_logits = _test_logits(model, data)
@@ -106,9 +98,7 @@ def run_demo(macs: float, epochs: int, seed: int, out: Path) -> dict[str, Any]:
 
     pw.save_pruned(out, small, plan)
     loaded = pw.load_pruned(out, DigitsResNet).eval()
-    _compare(
-        _test_logits(small, data), _test_logits(loaded, data), data.test_targets, "the one that was saved"
-    )
+    _compare(_test_logits(small, data), _test_logits(loaded, data), data.test_targets, "the one that was saved")
 
     result: dict[str, Any] = {"seed": seed, "epochs": epochs, "check": check}
     for when, each in (("before", original), ("after", loaded)):

@@ -31,8 +31,5 @@ def run(args: argparse.Namespace) -> None:
             ]
         )
         return
-    rows = [
-        [group.name, str(group.size), "yes" if group.prunable else "no", group.reason or ""]
-        for group in groups
-    ]
+    rows = [[group.name, str(group.size), "yes" if group.prunable else "no", group.reason or ""] for group in groups]
     print_table(args.model, ["group", "size", "prunable", "reason"], rows)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunewise._training import inputs_of, moved
 from prunewise.cli.options import UsageError, nearest
-
-TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
 def load_factory(spec: str, option: str) -> Callable[[], Any]:
@@ -74,24 +73,7 @@ def example_inputs(model: nn.Module, shapes: list[str] | None, loader: Any) -> A
     batch = next(iter(loader), None)
     if batch is None:
         raise UsageError("--data: the loader is empty")
-    return _to_device(_inputs_of(batch), device)
-
-
-def _inputs_of(batch: Any) -> Any:
-    """Convention: the last of a tuple is the target; of a dict, the keys in `TARGET_KEYS` are."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
-    if isinstance(batch, tuple | list) and len(batch) > 1:
-        return tuple(batch[:-1])
-    return batch
-
-
-def _to_device(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return {key: _to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_to_device(value, device) for value in inputs)
-    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+    return moved(inputs_of(batch), device)
 
 
 def _random_input(text: str, generator: torch.Generator) -> Tensor:

@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in VERBS:
             # The file's settings come first, so what is typed on the command line wins.
-            arguments[1:1] = config_arguments(
-                arguments[1:], verb_parsers[arguments[0]], verb_parsers.values()
-            )
+            arguments[1:1] = config_arguments(arguments[1:], verb_parsers[arguments[0]], verb_parsers.values())
         args = parser.parse_args(arguments)
         if args.version:
             print_line(version_line())

@@ -64,9 +64,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", metavar="PATTERN", action="append", help=f"prune only these {groups}")
     parser.add_argument("--exclude", metavar="PATTERN", action="append", help=f"leave alone these {groups}")
     parser.add_argument("--min-keep", metavar="N", type=int, help="keep at least N channels of a group")
-    parser.add_argument(
-        "--round-to", metavar="N", type=int, help="keep multiples of N channels; 8 suits hardware"
-    )
+    parser.add_argument("--round-to", metavar="N", type=int, help="keep multiples of N channels; 8 suits hardware")
 
 
 def choice(args: argparse.Namespace) -> dict[str, Any]:

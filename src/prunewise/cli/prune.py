@@ -31,9 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=10, help="epochs of training, for gates (%(default)s)")
     add_choice_options(parser)
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("runs/prune"), help="folder (%(default)s)"
-    )
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/prune"), help="folder (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,9 +80,7 @@ def _prune(
 
     if args.method == "gates":
         train, validation = loaders
-        result = pw.compress(
-            model, train, budget=budget, epochs=args.epochs, val_loader=validation, **choice(args)
-        )
+        result = pw.compress(model, train, budget=budget, epochs=args.epochs, val_loader=validation, **choice(args))
         return result.model, result.plan
     plan = pw.plan_channels(model, inputs, budget=budget, importance=args.method, **choice(args))
     return pw.apply_plan(model, plan, inputs), plan

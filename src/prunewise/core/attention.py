@@ -1,7 +1,8 @@
 """torch's own multi-head attention with some heads removed.
 
-`nn.MultiheadAttention` derives the size of a head from the width of its input, so it cannot hold fewer heads than that width
-divided by the head size. This subclass can; everything else is as in the original, `state_dict` names included.
+`nn.MultiheadAttention` derives the size of a head from the width of its input, so it cannot hold fewer heads
+than that width divided by the head size. This subclass can; everything else is as in the original,
+`state_dict` names included.
 """
 
 from __future__ import annotations

@@ -211,7 +211,9 @@ class CostModel:
         self._alive.append(block.labels)  # its id must not be taken by another array
         return form
 
-    def _product(self, layouts: dict[int, Layout], trace_shape: Any, factors: list[Factor]) -> tuple[tuple[int, ...], int]:
+    def _product(
+        self, layouts: dict[int, Layout], trace_shape: Any, factors: list[Factor]
+    ) -> tuple[tuple[int, ...], int]:
         forms, coefficient = [], 1
         for factor in factors:
             if isinstance(factor, int):

@@ -41,3 +41,7 @@ class VerificationError(PrunewiseError):
 
 class CheckpointError(PrunewiseError, ValueError):
     """A saved plan or model is damaged, hostile, of another version, or belongs to another architecture."""
+
+
+class DataError(PrunewiseError, ValueError):
+    """A data loader, a batch or a setting of the training cannot be used."""

@@ -139,8 +139,14 @@ class Flow:
                 self.rectangles.append(Rectangle(block.labels, tuple(range(len(block.dims))), self.reason(op)))
         return result
 
-    def demand(self, labels: LabelArray | None, op: Op, operands: tuple[int, ...], weight: int | None = None,
-               weight_labels: LabelArray | None = None) -> None:
+    def demand(
+        self,
+        labels: LabelArray | None,
+        op: Op,
+        operands: tuple[int, ...],
+        weight: int | None = None,
+        weight_labels: LabelArray | None = None,
+    ) -> None:
         """Note that channels with these labels are summed over, weighted by tensor `weight` if there is one."""
         if labels is None:
             return

@@ -1,8 +1,9 @@
 """The fallback where a width is baked into the user's Python: the exported graph with its constants rewritten.
 
-The original model is exported once in eval mode and once in train mode, so whatever its code does with `self.training` is kept.
-The operations of each graph are recorded and labelled like the model's own; every tensor's pruned shape is known from that, and
-integers in the graph (sizes, bounds of slices, paddings, group counts) are rewritten to it. Other numbers stay what they were.
+The original model is exported once in eval mode and once in train mode, so whatever its code does with
+`self.training` is kept. The operations of each graph are recorded and labelled like the model's own; every
+tensor's pruned shape is known from that, and integers in the graph (sizes, bounds of slices, paddings, group
+counts) are rewritten to it. Other numbers stay what they were.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ _PIECES = {
 
 
 def rebuild(
-    model: nn.Module, grouping: Grouping | CostModel, keep: Mapping[str, tuple[int, ...]], example_inputs: Inputs
+    model: nn.Module,
+    grouping: Grouping | CostModel,
+    keep: Mapping[str, tuple[int, ...]],
+    example_inputs: Inputs,
 ) -> fx.GraphModule:
     """A smaller copy of `model` as a graph module: same parameter names, inputs and outputs; trainable.
 
-    Train and eval mode hold for the whole module: one mode for one part of it cannot be set any more. Arguments that are
-    not tensors are fixed to what they are in `example_inputs`.
+    Train and eval mode hold for the whole module: one mode for one part of it cannot be set any more.
+    Arguments that are not tensors are fixed to what they are in `example_inputs`.
 
     Args:
         model: the original; not changed.
@@ -57,7 +61,8 @@ def rebuild(
 
     Raises:
         TraceError: torch.export cannot capture the model.
-        VerificationError: an operation cannot be rewritten (it is named), or the result differs from the masked model.
+        VerificationError: an operation cannot be rewritten (it is named), or the result differs from the
+        masked model.
     """
     grouping = grouping.grouping if isinstance(grouping, CostModel) else grouping
     call = _Call.of(model, example_inputs)
@@ -77,7 +82,15 @@ def rebuild(
     for training, (graph, constants) in graphs.items():
         for name, tensor in constants.items():
             skeleton.register_buffer(name, tensor, persistent=False)
-        _rewrite(graph, model, skeleton, call.tensors if training in call.fixed else call.doubled(), cut, constants, training)
+        _rewrite(
+            graph,
+            model,
+            skeleton,
+            call.tensors if training in call.fixed else call.doubled(),
+            cut,
+            constants,
+            training,
+        )
     small = RebuiltModule(skeleton, {t: g for t, (g, _) in graphs.items()}, call, type(model).__name__)
     call.tensors = [t.detach().to("meta") for t in call.tensors]
     small.train(model.training)
@@ -152,7 +165,7 @@ def _fill(template: Any, tensors: Sequence[Tensor]) -> Any:
             return template.kind(children)
         case "init":
             return template.kind(**children)
-    made = template.kind.__new__(template.kind)
+    made: Any = object.__new__(template.kind)
     made.__dict__.update(children)
     return made
 
@@ -161,7 +174,9 @@ def _match(template: Any, value: Any, name: str, found: dict[int, Tensor]) -> No
     """Collect the tensors of `value`, which must be built like `template`."""
     if isinstance(template, _Slot):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, as it was when the graph was exported; got {type(value).__name__}")
+            raise TypeError(
+                f"{name} must be a tensor, as it was when the graph was exported; got {type(value).__name__}"
+            )
         found[template.index] = value
         return
     branch = _open(value)
@@ -170,7 +185,7 @@ def _match(template: Any, value: Any, name: str, found: dict[int, Tensor]) -> No
             raise TypeError(f"{name} must be built as it was when the graph was exported: {template.kind.__name__}")
         for key, child in template.children.items():
             _match(child, branch.children[key], f"{name}[{key!r}]", found)
-    elif isinstance(value, Tensor) or template is not value and template != value:
+    elif isinstance(value, Tensor) or (template is not value and template != value):
         raise TypeError(f"{name} is fixed to {template!r}, as it was when the graph was exported")
 
 
@@ -258,7 +273,8 @@ class RebuiltModule(fx.GraphModule):
         self._install(graphs)
 
     def _install(self, graphs: dict[bool, fx.Graph]) -> None:
-        self._graphs, self._compiled = graphs, {}
+        self._graphs = graphs
+        self._compiled: dict[bool, Any] = {}
         for mode in (not self.training, self.training):
             self.graph = graphs[mode]  # compiles
 
@@ -336,26 +352,35 @@ def _exported(model: nn.Module, call: _Call, training: bool) -> tuple[fx.Graph, 
                 module = torch.export.export(flat, (given,), dynamic_shapes=shapes, strict=False).module()
             except Exception as error:
                 text = str(error).strip().partition("\n")[0]
-                failure = TraceError(f"torch.export could not capture {name} in {mode} mode: {type(error).__name__}: {text}.")
+                failure = TraceError(
+                    f"torch.export could not capture {name} in {mode} mode: {type(error).__name__}: {text}."
+                )
                 failure.__cause__ = error
                 continue
             places = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-            if not any(f and isinstance(p, Tensor) and str(p.shape[0]).isdigit() for p, f in zip(places, free, strict=True)):
+            if not any(
+                f and isinstance(p, Tensor) and str(p.shape[0]).isdigit() for p, f in zip(places, free, strict=True)
+            ):
                 break
             call.fixed.add(training)
     if module is None:
         raise failure
     if training in call.fixed:
-        warnings.warn(f"the rebuilt {name} takes batches of {batch} only in {mode} mode: its code fixes the size", stacklevel=3)
+        warnings.warn(
+            f"the rebuilt {name} takes batches of {batch} only in {mode} mode: its code fixes the size",
+            stacklevel=3,
+        )
     graph: fx.Graph = module.graph
     _inline(graph, module)
     graph.set_codegen(fx.graph.CodeGen())
-    known = {n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    known = {
+        n
+        for n, _ in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    }
     constants: dict[str, Tensor] = {}
-    places = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
-    fixed = [p for p, f in zip(places, free, strict=True) if f and isinstance(p, Tensor) and str(p.shape[0]).isdigit()]
-    if fixed:
-        warnings.warn(f"the rebuilt {name} takes batches of {batch} only in {mode} mode: its code fixes the size", stacklevel=3)
     for node in list(graph.nodes):
         if node.op == "call_module" or (node.op == "call_function" and not node.users and _is_assertion(node)):
             graph.erase_node(node)
@@ -558,7 +583,9 @@ def _rewrite(
         for node in graph.nodes:
             stack[0] = _where(node)
             value = old.step(node)
-            ids[node] = [recorder.register(t, "input" if node.op == "placeholder" else "constant") for t in _tensors(value)]
+            ids[node] = [
+                recorder.register(t, "input" if node.op == "placeholder" else "constant") for t in _tensors(value)
+            ]
     trace.outputs = ids[next(reversed(graph.nodes))]
     layouts = cut.run(trace)
     shapes = {n: [t.shape for t in map(trace.tensors.__getitem__, own)] for n, own in ids.items()}
@@ -576,7 +603,9 @@ def _rewrite(
             except VerificationError:
                 raise
             except Exception as error:
-                raise VerificationError(f"cannot be rewritten for the smaller width: {_where(node)}: {error}") from error
+                raise VerificationError(
+                    f"cannot be rewritten for the smaller width: {_where(node)}: {error}"
+                ) from error
             got = [tuple(int(s) for s in t.shape) for t in _tensors(value)]
             if got != predicted:
                 raise VerificationError(f"cannot be rewritten: {_where(node)} gives {got}, should be {predicted}")
@@ -686,7 +715,11 @@ class _Fix:
         dim = int(bound.get("dim", 0))
         sizes = [shape[dim] for shape in self.predicted]
         if self.cut.kept(self.layouts[x][0], dim) is not None:
-            self.node.target, self.node.args, self.node.kwargs = _aten.split_with_sizes.default, (x, sizes, dim), {}
+            self.node.target, self.node.args, self.node.kwargs = (
+                _aten.split_with_sizes.default,
+                (x, sizes, dim),
+                {},
+            )
 
     def _range(self, x: fx.Node, name: str, bound: dict[str, Any]) -> None:
         dim = int(bound["dim"])
@@ -739,7 +772,11 @@ class _Fix:
         shape = self.predicted[0]
         aligned = (1,) * (len(shape) - len(now)) + tuple(now)
         first = len(shape) - len(times)
-        _put(self.node, argument, [self._entry(t, shape[first + i] // aligned[first + i]) for i, t in enumerate(times)])
+        _put(
+            self.node,
+            argument,
+            [self._entry(t, shape[first + i] // aligned[first + i]) for i, t in enumerate(times)],
+        )
 
     def _groups(self, x: fx.Node, transposed: bool, bound: dict[str, Any]) -> None:
         data, weight = self.new.values[x].shape, self.new.values[bound["weight"]].shape

@@ -92,10 +92,10 @@ def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGrou
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> for group in channel_groups(model, torch.zeros(1, 3, 8, 8)):
         ...     print(group.name, group.size, group.prunable, group.reason)
-        0 8 True 
+        0 8 True
         0.weight[1] 3 False meets a fixed dimension in aten.convolution.default in 0
         3 4 False an output of the model
-    """  # noqa: W291
+    """
     return find_groups(analyse(model, example_inputs)).groups
 
 
@@ -126,7 +126,10 @@ def find_groups(structure: Structure) -> Grouping:
     for each in structure.passes:
         for layout in each.layouts.values():
             for block in layout.blocks:
-                key = (block.labels.shape[0], block.labels.tobytes() if block.labels.size < 4096 else id(block).to_bytes(8))
+                key = (
+                    block.labels.shape[0],
+                    block.labels.tobytes() if block.labels.size < 4096 else id(block).to_bytes(8),
+                )
                 if key in seen:
                     continue
                 seen.add(key)
@@ -263,9 +266,11 @@ def _matcher(groups: Sequence[ChannelGroup], choice: Choice, default: bool) -> C
     patterns = [choice] if isinstance(choice, str) else list(choice)
 
     def names(group: ChannelGroup) -> set[str]:
-        return {group.name} | {m.name for m in group.members if m.role == "out"} | {
-            m.name.rpartition(".")[0] for m in group.members if m.role == "out"
-        }
+        return (
+            {group.name}
+            | {m.name for m in group.members if m.role == "out"}
+            | {m.name.rpartition(".")[0] for m in group.members if m.role == "out"}
+        )
 
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for g in groups for name in names(g)):

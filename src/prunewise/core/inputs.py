@@ -96,9 +96,7 @@ def _blank(spec: Any, device: torch.device, total: list[int], depth: int) -> Any
             case {"dict": dict(items)} if len(spec) == 1 and all(type(k) is str for k in items):
                 return {k: _blank(v, device, total, depth + 1) for k, v in items.items()}
     shown = repr(spec)
-    raise PlanError(
-        f"the plan's 'inputs' hold {shown[:60]}{'...' if len(shown) > 60 else ''}, which is not known"
-    )
+    raise PlanError(f"the plan's 'inputs' hold {shown[:60]}{'...' if len(shown) > 60 else ''}, which is not known")
 
 
 def _zeros(shape: list[Any], name: str, device: torch.device, total: list[int]) -> Tensor:

@@ -129,7 +129,7 @@ class Layout:
         return Layout(self.shape, tuple(new if b is block else b for b in self.blocks))
 
     def moved(self, shape: tuple[int, ...], to: dict[int, int]) -> Layout:
-        """The layout of a tensor whose dimension `to[d]` is this one's `d`. Every labelled dimension must be in `to`."""
+        """The layout of a tensor whose dimension `to[d]` is this one's `d`; `to` names every labelled dimension."""
         blocks = []
         for block in self.blocks:
             dims = [to[d] for d in block.dims]
@@ -282,8 +282,12 @@ def reshape(store: LabelStore, layout: Layout, shape: tuple[int, ...], reason: s
     home = {d: k for k, (before, _) in enumerate(segments) for d in before}
     owner: dict[int, Block] = {}  # segment -> the one block whose labels pass through it
     # One block is followed; a second one in the same segment would need labels for pairs. Labels that nothing is
-    # tied to yet (those of an expanded dimension, or a fresh weight's) give way, then the minor to the major dimension.
-    order = sorted(layout.blocks, key=lambda b: (store.is_weak(b.labels), len(b.dims) == 1 and store.is_untouched(b.labels), b.dims))
+    # tied to yet (those of an expanded dimension, or a fresh weight's) give way, then the minor to the major
+    # dimension.
+    order = sorted(
+        layout.blocks,
+        key=lambda b: (store.is_weak(b.labels), len(b.dims) == 1 and store.is_untouched(b.labels), b.dims),
+    )
     survivors = []
     for block in order:
         own = {home[d] for d in block.dims}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -95,8 +96,8 @@ class ChannelPlan:
         """Raise `PlanError` where the plan is not one for this model."""
         if self.fingerprint != fingerprint(model):
             raise PlanError(
-                f"the plan is for another model than this {type(model).__name__}: names or shapes of parameters differ. "
-                "Build the architecture that the plan was made for, unpruned"
+                f"the plan is for another model than this {type(model).__name__}: names or shapes of parameters "
+                "differ. Build the architecture that the plan was made for, unpruned"
             )
         known = {g.name: g for g in groups}
         for name, kept in self.keep.items():
@@ -119,7 +120,7 @@ def _check_kept(name: str, kept: Sequence[Any], size: int) -> None:
         raise PlanError(f"group {name!r}: nothing is kept; at least one unit must stay")
     if not all(_is_count(i) and i < size for i in kept):
         raise PlanError(f"group {name!r}: kept units should be indices in [0, {size})")
-    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(kept)):
         raise PlanError(f"group {name!r}: kept units should ascend without repetition")
 
 

@@ -1,7 +1,8 @@
 """Where a gate stands: on the weights that read the channels.
 
-Removing a channel takes away what its readers add up. So masking the readers' weights along the channel equals the removal,
-whatever lies between the channel's origin and its readers, and costs a product per weight instead of one per activation.
+Removing a channel takes away what its readers add up. So masking the readers' weights along the channel equals
+the removal, whatever lies between the channel's origin and its readers, and costs a product per weight instead
+of one per activation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ..
 @contextmanager
 def masked(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """While active, `model` computes what the network without the other units would; weights are put back after."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():

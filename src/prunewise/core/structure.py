@@ -81,7 +81,7 @@ def _run(flow: Flow, trace: Trace) -> Pass:
 
 
 def _apply(flow: Flow, op: Op) -> list[Layout]:
-    """Layouts of all outputs of `op`. Without a rule, or where a rule fails, everything the operation touches is pinned."""
+    """Layouts of all outputs of `op`. Without a rule that works, all it touches is pinned."""
     rule = RULES.get(op.name)
     if rule is None and torch.Tag.pointwise in op.func.tags:
         rule = pointwise

@@ -63,8 +63,9 @@ class Surgeon:
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
     """A copy of `model` with only the channels that `plan` keeps.
 
-    The copy consists of the user's own classes with smaller tensors. It is checked twice: operation by operation on fake
-    tensors, and (unless the model is on the meta device) by comparing its output with that of the masked original.
+    The copy consists of the user's own classes with smaller tensors. It is checked twice: operation by
+    operation on fake tensors, and (unless the model is on the meta device) by comparing its output with that
+    of the masked original.
 
     Args:
         model: the architecture that the plan was made for; not changed.
@@ -188,7 +189,7 @@ def _set_own_widths(module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm) and shape:
         module.num_channels = shape[0]
     elif isinstance(module, (nn.LayerNorm, getattr(nn, "RMSNorm", nn.LayerNorm))) and shape:
-        module.normalized_shape = shape
+        module.normalized_shape = shape  # type: ignore[assignment]
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.PReLU):
@@ -201,7 +202,11 @@ def _set_own_widths(module: nn.Module) -> None:
 
 
 def check_equal(
-    model: nn.Module, small: nn.Module, grouping: Grouping, keep: Mapping[str, tuple[int, ...]], example_inputs: Inputs
+    model: nn.Module,
+    small: nn.Module,
+    grouping: Grouping,
+    keep: Mapping[str, tuple[int, ...]],
+    example_inputs: Inputs,
 ) -> float:
     """Compare the small model with the masked original on the example inputs, in eval mode.
 
@@ -221,12 +226,16 @@ def check_equal(
     worst = 0.0
     for a, b in zip(want, got, strict=True):
         if a.shape != b.shape:
-            raise VerificationError(f"an output has shape {tuple(b.shape)} where the gated model gives {tuple(a.shape)}")
+            raise VerificationError(
+                f"an output has shape {tuple(b.shape)} where the gated model gives {tuple(a.shape)}"
+            )
         if a.is_floating_point() or a.is_complex():
             scale = float(a.abs().max()) if a.numel() else 0.0
             difference = float((a - b).abs().max()) / max(scale, 1e-12) if a.numel() else 0.0
-            tolerance = max(1e-9, 1e5 * torch.finfo(a.dtype).eps) if a.dtype == torch.float64 else (
-                1e-3 if a.dtype == torch.float32 else 0.1
+            tolerance = (
+                max(1e-9, 1e5 * torch.finfo(a.dtype).eps)
+                if a.dtype == torch.float64
+                else (1e-3 if a.dtype == torch.float32 else 0.1)
             )
             if not difference <= tolerance and not math.isnan(scale):
                 raise VerificationError(
@@ -241,12 +250,17 @@ def check_equal(
 
 
 def migrate_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: ChannelPlan, example_inputs: Inputs
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    plan: ChannelPlan,
+    example_inputs: Inputs,
 ) -> None:
     """Point `optimizer` (made for `model`) at the parameters of `small`, its state sliced as they were.
 
-    Momenta, second moments and whatever else has a parameter's shape lose the removed channels; step counts, parameter groups
-    and their settings stay. The optimizer is changed in place; parameters of other models in it are left alone.
+    Momenta, second moments and whatever else has a parameter's shape lose the removed channels; step counts,
+    parameter groups and their settings stay. The optimizer is changed in place; parameters of other models in
+    it are left alone.
 
     Raises:
         PlanError: `plan` is not the one that leads from `model` to `small`.
@@ -260,26 +274,24 @@ def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn
     """`migrate_optimizer` with the slices at hand."""
     new = dict(small.named_parameters())
     moves: dict[Tensor, tuple[Tensor, Mapping[int, npt.NDArray[np.int64]]]] = {}
-    for name, old in model.named_parameters():
+    for name, p in model.named_parameters():
         target, dims = new.get(name), slices.get(name, {})
-        shape = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(old.shape))
+        shape = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(p.shape))
         if target is None or tuple(target.shape) != shape:
             raise PlanError(f"parameter {name!r} of the small model does not come from this model by this plan")
-        moves[old] = (target, dims)
+        moves[p] = (target, dims)
     for group in optimizer.param_groups:
         group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
-    for old, (target, dims) in moves.items():
-        state = optimizer.state.pop(old, None)
+    for before, (after, cut) in moves.items():
+        state = optimizer.state.pop(before, None)
         if state is not None:
-            optimizer.state[target] = _sliced_state(state, old, dims)
-
-
-def _sliced_state(state: Mapping[str, Any], p: Tensor, dims: Mapping[int, npt.NDArray[np.int64]]) -> dict[str, Any]:
-    return {k: take(v, dims) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in state.items()}
+            optimizer.state[after] = {
+                k: take(v, cut) if isinstance(v, Tensor) and v.shape == before.shape else v for k, v in state.items()
+            }
 
 
 def graft(model: nn.Module, small: nn.Module) -> None:
-    """Give `model` the tensors and widths of its cut copy `small`. Modules stay the same objects; parameters are new."""
+    """Give `model` the tensors and widths of its cut copy `small`. Modules stay the same objects."""
     copies = dict(small.named_modules(remove_duplicate=False))
     for name, module in list(model.named_modules()):
         copied = copies[name]
@@ -295,19 +307,18 @@ def require_unshared(model: nn.Module) -> None:
     """
     names = {id(p): name for name, p in model.named_parameters()}
     own = {id(m._parameters) for m in model.modules()}
-    parameters = [p for p in model.parameters()]
-    for store in gc.get_referrers(*parameters) if parameters else ():
+    parameters = list(model.parameters())
+    stores: list[Any] = gc.get_referrers(*parameters) if parameters else []
+    for store in stores:
         if type(store) is not dict or id(store) in own:
             continue
         for owner in gc.get_referrers(store):
             attributes = vars(owner) if isinstance(owner, nn.Module) else owner
-            if not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
+            if store is None or not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
                 continue
             shared = next((names[id(p)] for p in store.values() if id(p) in names), None)
             if shared is not None:
                 raise SharedParameterError(
-                    f"parameter {shared!r} is also held by a module outside the model: prune the model that contains both, or "
-                    "untie them first (give one a copy)"
+                    f"parameter {shared!r} is also held by a module outside the model: prune the model that "
+                    "contains both, or untie them first (give one a copy)"
                 )
-
-

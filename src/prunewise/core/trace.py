@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Trace:
 
 
 def as_call(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as (positional, keyword) arguments: a tuple is positional, a dict is keywords, else one argument."""
+    """`example_inputs` as (positional, keyword) arguments: a tuple is positional, a dict keywords."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
@@ -100,7 +101,7 @@ class _Recorder(TorchDispatchMode):
     """Writes every operation that reaches the dispatcher into a `Trace`."""
 
     def __init__(self, trace: Trace, stack: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
         self._stack = stack
         self._ids: Any = WeakIdKeyDictionary()
@@ -140,12 +141,12 @@ class _Recorder(TorchDispatchMode):
 
 def _user_line() -> str:
     """file:line of the innermost frame that is neither Python's, torch's nor ours."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_LIBRARIES) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -240,8 +241,7 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
 def record_partly(
     model: nn.Module, example_inputs: Inputs, *, training: bool = False
 ) -> tuple[Trace, TraceError | None]:
-    """As `record`; where the forward pass fails, what was recorded so far and the error.
-    """
+    """As `record`; where the forward pass fails, what was recorded so far and the error."""
     args, kwargs = as_call(example_inputs)
     trace = Trace()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -318,5 +318,3 @@ def _shapes(example_inputs: Inputs) -> str:
     shown = [str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args]
     shown += [f"{k}={tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in kwargs.items()]
     return ", ".join(shown)
-
-

@@ -1,8 +1,8 @@
 """Find the Python integers that hold widths in the user's own modules, and set them.
 
-The pruned copy is traced on fake tensors and compared with what the plan predicts, operation by operation. Where the two part,
-the modules around that operation are searched for integers equal to the old size; the change that lets the comparison get furthest
-is kept, until it reaches the end.
+The pruned copy is traced on fake tensors and compared with what the plan predicts, operation by operation.
+Where the two part, the modules around that operation are searched for integers equal to the old size; the
+change that lets the comparison get furthest is kept, until it reaches the end.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _fit_pass(
 def _first_difference(
     small: nn.Module, inputs: Inputs, old: Trace, predicted: list[list[tuple[int, ...]]], training: bool
 ) -> tuple[int, str | None]:
-    """Index (in the old trace) of the first operation that is not as predicted, and what is wrong; (count, None) if all are.
+    """Index in the old trace of the first operation that is not as predicted, and what is wrong, or None.
 
-    Views and copies are passed over: what they do shows in the operations that compute. So are the insides of modules that
-    surgery put another class in the place of.
+    Views and copies are passed over: what they do shows in the operations that compute. So are the insides of
+    modules that surgery put another class in the place of.
     """
     new, error = record_partly(small, inputs, training=training)
     replaced = {n for n, m in small.named_modules() if isinstance(m, PrunedMultiheadAttention)}
@@ -75,7 +75,10 @@ def _first_difference(
         for out, want in zip(b.outputs, predicted[a.index], strict=True):
             if new.tensors[out].shape != want:
                 shape = new.tensors[out].shape
-                return a.index, f"{where} gives shape {shape}, should be {want}: a width is written into the code"
+                return (
+                    a.index,
+                    f"{where} gives shape {shape}, should be {want}: a width is written into the code",
+                )
         scalar = _changed_scalar(a, b)
         if scalar is not None:
             return a.index, f"{where}: the number {scalar} is computed from a width"
@@ -96,7 +99,7 @@ def _computes(op: Op, replaced: set[str]) -> bool:
 
 
 def _failed_at(before: list[Op], after: list[Op], old: Trace, new: Trace) -> int:
-    """Index in the old trace of the operation at which the new one stopped: the same number of views after the last match."""
+    """Index in the old trace of the operation at which the new one stopped: as many views after the last match."""
     if not after or len(after) > len(before):
         return 0 if not after else len(old.ops) - 1
     extra = len(new.ops) - 1 - after[-1].index
@@ -167,9 +170,7 @@ def _holds_width(name: str, value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
 
 
-def _changed_sizes(
-    each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None
-) -> Sizes:
+def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None) -> Sizes:
     """Old size -> new sizes, over the tensors that operations inside a module (and in a range) read or write."""
     sizes: Sizes = {}
     prefix = f"{scope}." if scope else ""

@@ -8,7 +8,6 @@ from prunewise.core.flow import Flow, rule
 from prunewise.core.labels import Block, LabelArray, Layout
 from prunewise.core.trace import Op, Ref
 
-
 KERNEL = "the kernel of"  # the places of a convolution's window are no channels: not reported
 
 
@@ -56,7 +55,7 @@ def matmul(flow: Flow, op: Op) -> Layout:
     """Matrix products, batched or not."""
     letters = {"mm": ("ik", "kj", "ij"), "bmm": ("bik", "bkj", "bij"), "mv": ("ik", "k", "i")}
     x = op.args["self"]
-    y = op.args.get("mat2") or op.args.get("vec") or op.args.get("tensor") or op.args.get("other")
+    y = next(op.args[name] for name in ("mat2", "vec", "tensor", "other") if name in op.args)
     return _contract(flow, op, x, y, *letters.get(op.name, ("k", "k", "")))
 
 
@@ -75,7 +74,7 @@ def addmm(flow: Flow, op: Op) -> Layout:
 
 @rule("linear")
 def linear(flow: Flow, op: Op) -> Layout:
-    """x @ weight.T + bias, where torch does not take it apart itself."""
+    """X @ weight.T + bias, where torch does not take it apart itself."""
     letters = "abcdefgh"[: len(flow.shape(op.args["input"].id)) - 1]
     out = _contract(flow, op, op.args["input"], op.args["weight"], letters + "k", "jk", letters + "j")
     if op.args.get("bias") is None:

@@ -14,7 +14,7 @@ from prunewise.core.trace import Op, Ref
 )  # fmt: skip
 def batch_norm(flow: Flow, op: Op) -> list[Layout]:
     """Each channel on its own; in training it is averaged over all the other dimensions."""
-    x = flow.of(op.args.get("input", op.args.get("self")))
+    x = flow.of(op.args["input" if "input" in op.args else "self"])
     rank = len(x.shape)
     x = flow.fix(x, [d for d in range(rank) if d != 1], op)
     vectors = [op.args.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -67,7 +67,7 @@ def group_norm(flow: Flow, op: Op) -> list[Layout]:
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(flow: Flow, op: Op) -> list[Layout]:
-    """v times g over the norm of v: all dimensions but one are mixed."""
+    """V times g over the norm of v: all dimensions but one are mixed."""
     v, g = flow.of(op.args["v"]), flow.of(op.args["g"])
     dim = int(op.args["dim"])
     v = flow.fix(v, [d for d in range(len(v.shape)) if d != dim], op)

@@ -26,7 +26,18 @@ def pointwise(flow: Flow, op: Op) -> Layout | list[Layout]:
     return [joined if flow.shape(o) == shape else Layout(flow.shape(o)) for o in op.outputs]
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "expand")
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+    "expand",
+)
 def constant_along(flow: Flow, op: Op) -> Layout:
     """Tensors that are the same all along a dimension: any index may go with whatever it later meets."""
     shape = flow.shape(op.outputs[0])
@@ -45,7 +56,18 @@ def constant_along(flow: Flow, op: Op) -> Layout:
     return Layout(shape, tuple(blocks))
 
 
-@rule("arange", "linspace", "rand", "randn", "randint", "randperm", "eye", "bartlett_window", "hann_window", "tensor")
+@rule(
+    "arange",
+    "linspace",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "eye",
+    "bartlett_window",
+    "hann_window",
+    "tensor",
+)
 def unlabelled(flow: Flow, op: Op) -> list[Layout]:
     """Values depend on the position: nothing can be removed."""
     return [Layout(flow.shape(o)) for o in op.outputs]

@@ -41,7 +41,18 @@ def as_strided(flow: Flow, op: Op) -> Layout:
     return Layout(shape, flow.fix(layout, range(len(layout.shape)), op).blocks)
 
 
-@rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "mT", "permute_copy", "transpose_copy", "t_copy")
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "movedim",
+    "swapaxes",
+    "numpy_T",
+    "mT",
+    "permute_copy",
+    "transpose_copy",
+    "t_copy",
+)
 def permute(flow: Flow, op: Op) -> Layout:
     """Dimensions change places."""
     _keep_origin(flow, op)
@@ -181,7 +192,7 @@ def _concatenate(flow: Flow, op: Op, layouts: list[Layout], dim: int, shape: tup
         blocks = [b for b in found if b is not None]
         together: Block | None = Block(dims, np.concatenate([b.labels for b in blocks], axis=axis))
         rest = [x.without(b) for x, b in zip(layouts, blocks, strict=True)]
-        hidden = {d: 1 for d in dims}
+        hidden = dict.fromkeys(dims, 1)
     else:
         rest, parts = [], []
         some_fixed = any(b is None for b in found)
@@ -321,5 +332,3 @@ def _opaque(flow: Flow, op: Op) -> Layout:
         if isinstance(leaf, Ref):
             flow.fix(flow.of(leaf), range(len(flow.shape(leaf.id))), op, "no rule for")
     return Layout(flow.shape(op.outputs[0]))
-
-

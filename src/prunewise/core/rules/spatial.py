@@ -25,7 +25,7 @@ _NAMES = [
 @rule(*_NAMES)
 def spatial(flow: Flow, op: Op) -> list[Layout]:
     """Batch and channels (the first two dimensions) pass; the others are fixed."""
-    x = flow.of(op.args.get("self", op.args.get("input")))
+    x = flow.of(op.args["self" if "self" in op.args else "input"])
     shape = flow.shape(op.outputs[0])
     lead = next((d for d in range(len(shape)) if shape[d] != x.shape[d]), len(shape))
     x = flow.fix(x, range(min(lead, len(shape) - _rank(op.name)), len(shape)), op)
@@ -74,7 +74,7 @@ def pixel_unshuffle(flow: Flow, op: Op) -> Layout:
     return _relabelled(flow, x, at, np.repeat(labels, shape[at] // x.shape[at]), shape, op)
 
 
-def _relabelled(flow: Flow, x: Layout, dim: int, labels: np.ndarray, shape: tuple[int, ...], op: Op) -> Layout:  # type: ignore[type-arg]
+def _relabelled(flow: Flow, x: Layout, dim: int, labels: np.ndarray, shape: tuple[int, ...], op: Op) -> Layout:
     if len(labels) == 1:
         flow.store.pin(labels, f"a single channel in {flow.reason(op)}")
         return Layout(shape, tuple(b for b in x.blocks if dim not in b.dims))

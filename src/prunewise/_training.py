@@ -1,0 +1,421 @@
+"""The training inside `compress`: loss and metric, the loop, its checkpoints, and its randomness."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunewise._progress import Progress, progress
+from prunewise._state import load_state, rng_state, save_state, set_rng_state
+from prunewise.channels.session import GateSession
+from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
+from prunewise.core.plan import ChannelPlan
+from prunewise.core.trace import Inputs, as_call
+
+TARGET_KEYS = ("labels", "label", "targets", "target")
+_STATE = "run"
+
+Loss = Callable[[nn.Module, Any], Tensor] | nn.Module
+Metric = Callable[[nn.Module, Iterable[Any]], float]
+
+
+def cosine(progress: float) -> float:
+    """The share of the learning rate at a share of the run: half a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One epoch: mean training loss, metric on `val_loader` (None without one), share of the MACs still open, last rate."""
+
+    epoch: int
+    loss: float
+    metric: float | None
+    macs_share: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric on `val_loader`; for accuracy (in [0, 1], higher is better) also how many predictions were right, of how many."""
+
+    value: float
+    correct: int | None = None
+    total: int | None = None
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """The model's inputs in a batch: a dict without its targets, a tuple or list without its last item."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1])
+    return batch
+
+
+# -- what is trained for ------------------------------------------------------------------------------------------
+
+
+class Task:
+    """Loss and metric of a model on batches."""
+
+    def __init__(
+        self, device: torch.device, loss: Loss | None, metric: Metric | None, loader: Iterable[Any] | None, amp: bool
+    ) -> None:
+        self.device, self._loss, self._metric, self._loader, self._amp = device, loss, metric, loader, amp
+        self._counts_hits = loss is None or isinstance(loss, nn.CrossEntropyLoss)
+        self.metric_name = "accuracy" if self._counts_hits else "loss"
+        if metric is not None:
+            self.metric_name = getattr(metric, "__name__", type(metric).__name__)
+        if isinstance(loss, nn.Module):
+            self._loss = copy.deepcopy(loss).to(device)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch, a scalar."""
+        batch = moved(batch, self.device)
+        value: Any
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._amp):
+            if self._loss is not None and not isinstance(self._loss, nn.Module):
+                value = self._loss(model, batch)
+            elif isinstance(batch, Mapping) and self._loss is None:
+                out = model(**batch)
+                value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+                if value is None:
+                    raise DataError(
+                        "the model returns no 'loss' for a batch that is a dict: give loss=, a callable of (model, batch)"
+                    )
+            else:
+                value = self._criterion(*self._run(model, batch))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(f"the loss should be one number and is {shown}: reduce it (mean) before it is returned")
+        return value.reshape(())
+
+    def score(self, model: nn.Module) -> Score | None:
+        """The metric on the validation data, in eval mode."""
+        if self._loader is None:
+            return None
+        modes = [(m, m.training) for m in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                if self._metric is not None:
+                    return Score(float(self._metric(model, self._loader)))
+                return self._default_score(model, self._loader)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _default_score(self, model: nn.Module, loader: Iterable[Any]) -> Score | None:
+        correct, total, summed, batches = 0, 0, 0.0, 0
+        for batch in loader:
+            batches += 1
+            if not self._counts_hits or isinstance(batch, Mapping):
+                self.metric_name = "loss"
+                summed += float(self.loss(model, batch))
+                continue
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._amp):
+                outputs, targets = self._run(model, moved(batch, self.device))
+            if targets.is_floating_point() and targets.shape == outputs.shape:  # class probabilities
+                targets = targets.argmax(1)
+            correct += int((outputs.argmax(1) == targets).sum())
+            total += targets.numel()
+        if not batches:
+            raise DataError("val_loader is empty: give one with batches, or none")
+        return Score(correct / total, correct, total) if total else Score(summed / batches)
+
+    def _criterion(self, outputs: Tensor, targets: Any) -> Tensor:
+        if isinstance(self._loss, nn.Module):
+            return self._loss(outputs, targets)  # type: ignore[no-any-return]
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def _run(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise DataError(
+                f"a batch is a {type(batch).__name__}, and not (inputs, targets): give loss=, a callable of (model, batch)"
+            )
+        args, kwargs = as_call(inputs_of(batch))
+        outputs = model(*args, **kwargs)
+        if self._loss is None and not isinstance(outputs, Tensor):
+            raise DataError(f"the model returns a {type(outputs).__name__}: give loss=, a callable of (model, batch)")
+        return outputs, batch[-1]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: moved(v, device) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(v, device) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(v, device) for v in value)
+    return value
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training that can be stopped at any step and gone on with."""
+
+    network: nn.Module
+    session: GateSession | None
+    plan: ChannelPlan | None
+    task: Task
+    loader: Iterable[Any]
+    epochs: int
+    steps: int
+    seed: int
+    lr_schedule: Callable[[float], float]
+
+    def __post_init__(self) -> None:
+        self.optimizer: torch.optim.Optimizer = None  # type: ignore[assignment]
+        self.base_rates: list[float] = []
+        self.history: list[HistoryRow] = []
+        self.original: Score | None = None
+        self.gated: Score | None = None
+        self.resumed = False
+        self._epoch, self._step, self._loss_sum = 0, 0, 0.0
+        self._rng: dict[str, Any] | None = None
+        self._folder: Path | None = None
+        self._every: int | None = None
+        self._settings: dict[str, Any] = {}
+
+    def train(self, shown: bool) -> None:
+        """From where it stands to the last epoch."""
+        with progress(shown, self.epochs * self.steps) as display:
+            if self.resumed:
+                display.line(f"resumed at epoch {self._epoch + 1}, step {self._step + 1}")
+            while self._epoch < self.epochs:
+                self._train_epoch(display)
+
+    def _train_epoch(self, display: Progress) -> None:
+        seed_epoch(self.loader, self.seed, self._epoch)
+        self.network.train()
+        batches = iter(self.loader)
+        for _ in range(self._step):
+            next(batches, None)
+        if self._rng is not None:
+            set_rng_state(self._rng, self.task.device)
+            self._rng = None
+        for batch in batches:
+            self._one_step(batch)
+            display.step(self._epoch * self.steps + self._step)
+            if self._step == self.steps:
+                break
+            if self._every and self._step % self._every == 0:
+                self._save()
+        if not self._step:
+            raise DataError("train_loader gave no batch in an epoch: it should give the same number every time")
+        score = self.task.score(self.network)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        metric = None if score is None else score.value
+        self.history.append(HistoryRow(self._epoch + 1, self._loss_sum / self._step, metric, self._macs_share(), lr))
+        self._epoch, self._step, self._loss_sum = self._epoch + 1, 0, 0.0
+        self._save()
+        display.line(self._line(self.history[-1]))
+
+    def _one_step(self, batch: Any) -> None:
+        share = (self._epoch * self.steps + self._step) / (self.epochs * self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * float(self.lr_schedule(share))
+        loss = self.task.loss(self.network, batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss is {value} at epoch {self._epoch + 1}, step {self._step + 1}; nothing of this step was applied, and "
+                "the given model is as it was. Look at the data and the model's weights, or lower the learning rate"
+            )
+        if self.session is not None:
+            loss = loss + self.session.penalty()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.session is not None:
+            self.session.step()
+        self._loss_sum += value
+        self._step += 1
+
+    def _macs_share(self) -> float:
+        before, after = (self.plan.cost_before, self.plan.cost_after) if self.plan is not None else ({}, {})
+        if self.session is not None:
+            before, after = self.session._plan().cost_before, self.session.cost().as_dict()
+        return after["macs"] / before["macs"] if before.get("macs") else 1.0
+
+    def _line(self, row: HistoryRow) -> str:
+        metric = "" if row.metric is None else f"  {self.task.metric_name} {row.metric:.4f}"
+        return f"epoch {row.epoch}/{self.epochs}  loss {row.loss:.4f}{metric}  MACs {100 * row.macs_share:.1f} %  lr {row.lr:.2g}"
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def keep_in(self, folder: Path, every: int | None, settings: dict[str, Any]) -> None:
+        """Save to `folder` from now on, and take up what lies there.
+
+        Raises:
+            CheckpointError: that is another run's.
+        """
+        groups = [] if self.session is None else [[g.name, g.size] for g in self.session.groups]
+        limits = (
+            [] if self.session is None else [self.session.control.limits.min_keep, self.session.control.limits.round_to]
+        )
+        self._folder, self._every = folder, every
+        self._settings = {
+            **settings, "epochs": self.epochs, "steps": self.steps, "seed": self.seed, "groups": groups, "limits": limits,
+            "optimizer": type(self.optimizer).__qualname__, "rates": self.base_rates,
+            "channels": None if self.plan is None else {n: list(k) for n, k in self.plan.keep.items()},
+        }  # fmt: skip
+        state = load_state(folder, _STATE)
+        if state is not None:
+            try:
+                self._restore(state, folder)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"{folder} is damaged ({error}): delete it to start anew") from error
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        tensors = _state_of(self.network)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise NonFiniteError(
+                    f"{name} is not finite any more: lower the learning rate. The checkpoint before is kept"
+                )
+        state = {
+            "settings": self._settings,
+            "epoch": self._epoch,
+            "step": self._step,
+            "loss_sum": self._loss_sum,
+            "history": [asdict(row) for row in self.history],
+            "scores": [None if s is None else asdict(s) for s in (self.original, self.gated)],
+            "metric_name": self.task.metric_name,
+            "model": tensors,
+            "optimizer": self.optimizer.state_dict(),
+            "gates": None if self.session is None else self.session.state_dict(),
+            "rng": rng_state(self.task.device) if self._step else None,
+        }
+        save_state(self._folder, _STATE, state)
+
+    def _restore(self, state: Any, folder: Path) -> None:
+        for key, value in self._settings.items():
+            found = state["settings"].get(key)
+            if found != value:
+                raise CheckpointError(
+                    f"{folder} holds another run: its {key} is {str(found)[:80]}, this call's {str(value)[:80]}. Give the same "
+                    "arguments to go on with it; name another folder, or delete this one, to start anew"
+                )
+        tensors, saved = _state_of(self.network), state["model"]
+        for name, tensor in tensors.items():
+            if name not in saved or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is missing or of another shape or dtype; delete the folder"
+                )
+        history = [HistoryRow(**row) for row in state["history"]]
+        scores = [None if s is None else Score(**s) for s in state["scores"]]
+        epoch, step, loss_sum = int(state["epoch"]), int(state["step"]), float(state["loss_sum"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.session is not None:
+            self.session.load_state_dict(state["gates"])
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
+        self.original, self.gated = scores
+        self.history, self._epoch, self._step, self._loss_sum = history, epoch, step, loss_sum
+        self.task.metric_name, self._rng, self.resumed = state["metric_name"], state["rng"], True
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that `state_dict` leaves out, too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def make_optimizer(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None, model: nn.Module
+) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise DataError("no parameter of the model requires a gradient: nothing can be trained")
+    if make is None:
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    made = make(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise DataError(
+            f"optimizer= gave a {type(made).__name__}: it should be a callable that makes a torch.optim.Optimizer of a list of "
+            "parameters, as in lambda p: torch.optim.AdamW(p, lr=1e-3)"
+        )
+    return made
+
+
+def check_settings(loader: Any, epochs: Any, seed: Any, every: Any) -> None:
+    for name, value, least in (("epochs", epochs, 1), ("seed", seed, 0), ("checkpoint_every", every or 1, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise DataError(f"{name}={value!r} should be an int of at least {least}")
+    if isinstance(loader, Iterator):
+        raise DataError(
+            "train_loader is an iterator, which is used up after one epoch: give the loader itself, or a list"
+        )
+    try:
+        steps = len(loader)
+    except TypeError:
+        raise DataError(
+            f"train_loader, a {type(loader).__name__}, has no length: give one with a length (batches an epoch), which says how "
+            "many steps the run has"
+        ) from None
+    if not steps:
+        raise DataError("train_loader is empty: give one with batches (drop_last drops a batch that is not full)")
+
+
+# -- randomness ---------------------------------------------------------------------------------------------------
+
+
+def first_batch(loader: Iterable[Any]) -> Any:
+    for batch in loader:
+        return batch
+    raise DataError("train_loader is empty: give one with batches")
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    holders.append(getattr(holders[2], "sampler", None))
+    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def own_randomness(device: torch.device, loader: Any) -> Iterator[None]:
+    """The global random generators, and the loader's, are put back afterwards."""
+    before, generators = rng_state(device), [(g, g.get_state()) for g in _generators(loader)]
+    try:
+        yield
+    finally:
+        set_rng_state(before, device)
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def seed_epoch(loader: Any, seed: int, epoch: int) -> None:
+    """All that is random in an epoch follows from (seed, epoch)."""
+    digest = hashlib.sha256(f"prunewise:{seed}:{epoch}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little") >> 1
+    torch.manual_seed(number)
+    np.random.seed(number % (1 << 32))
+    random.seed(number)
+    for i, generator in enumerate(_generators(loader)):
+        generator.manual_seed(number + i + 1 & (1 << 62) - 1)
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+            set_epoch(epoch)

@@ -1,0 +1,227 @@
+"""The whole job in one call, for those with no training loop of their own."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunewise._training import (
+    HistoryRow,
+    Loss,
+    Metric,
+    Run,
+    Score,
+    Task,
+    check_settings,
+    cosine,
+    first_batch,
+    inputs_of,
+    make_optimizer,
+    moved,
+    own_randomness,
+    seed_epoch,
+)
+from prunewise.channels.budget import Budget
+from prunewise.channels.oneshot import plan_channels
+from prunewise.channels.session import attach_gates
+from prunewise.core.cost import measure
+from prunewise.core.errors import AlreadyGatedError
+from prunewise.core.groups import Choice
+from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.surgery import apply_plan, is_gated
+from prunewise.core.trace import Inputs
+
+_TAYLOR_BATCHES = 10
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What `compress` did. `print` it for a table.
+
+    Attributes:
+        before, after: costs of the original and of the small model on the example inputs.
+        metric: name of the metric: "accuracy" (higher is better), "loss" (lower is better), or that of your callable.
+        original: of the model as given; None without `val_loader` (and so are the other two).
+        gated: after training, before the channels were removed. For a one-shot method: after removal, before training.
+        small: of the result. With gates it equals `gated`, to the sample.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    metric: str
+    original: Score | None
+    gated: Score | None
+    small: Score | None
+
+    def __str__(self) -> str:
+        rows = [("", "before", "after", "share")]
+        for kind, old in self.before.items():
+            new = self.after[kind]
+            rows.append((kind, f"{old:,}", f"{new:,}", f"{100 * new / old:.1f} %" if old else "-"))
+        if self.original is not None and self.small is not None:
+            rows.append((self.metric, f"{self.original.value:.4f}", f"{self.small.value:.4f}", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            ).rstrip()
+            for row in rows
+        ]
+        if self.gated is not None and self.small is not None and self.gated.correct is not None:
+            lines.append(
+                f"right before the cut: {self.gated.correct:,} of {self.gated.total:,}; result: {self.small.correct:,}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """The small model (in eval mode), the plan that made it, one row an epoch, and what it cost before and after."""
+
+    model: nn.Module
+    plan: ChannelPlan
+    history: list[HistoryRow]
+    report: CompressReport
+
+
+def compress(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    budget: Budget,
+    epochs: int,
+    val_loader: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    lr_schedule: Callable[[float], float] = cosine,
+    method: str = "gates",
+    example_inputs: Inputs = None,
+    include: Choice = None,
+    exclude: Choice = None,
+    min_keep: int = 1,
+    round_to: int = 1,
+    amp: bool = False,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool = True,
+) -> CompressResult:
+    """Train `model` under gates until it fits `budget`, and return the small model. The given model is not changed.
+
+    Batches are (inputs, targets); tuples that are longer hold several positional inputs, the targets last; dicts are keyword
+    arguments of the model, which then returns its own `loss`. They are moved to the model's device.
+
+    **Resuming.** With `checkpoint`, the state of the run is saved there after every epoch (and every `checkpoint_every`
+    steps), at one stroke, as JSON and safetensors. A call with the same arguments goes on from there, however the one
+    before ended. Guaranteed: the same plan and weights as an undisturbed run, where the same arithmetic is done in the same order
+    (same machine, versions and number of threads; deterministic kernels) and the batches of an epoch depend on nothing but the
+    random generators of torch, NumPy and Python, the generators of the loader and its samplers, and `set_epoch`: all of
+    these are seeded from (seed, epoch) when an epoch starts, and put back when the call ends. Not so with
+    `persistent_workers` and random augmentation in the workers. Going on within an epoch loads its first batches again.
+
+    Args:
+        model: a trained network, on the device where it is to train.
+        train_loader: a DataLoader, or any iterable with a length that can be iterated once an epoch.
+        budget: what the small network may cost on the example inputs.
+        epochs: of training, the closing of the gates included.
+        val_loader: for the metric; without it there is none.
+        loss: a criterion (a module, called with outputs and targets), or a callable of (model, batch); default:
+            cross-entropy, or what the model returns as `loss` for a dict.
+        metric: a callable of (model, val_loader), the model in eval mode; default: accuracy where the loss is
+            cross-entropy, else the mean loss.
+        optimizer: makes an optimizer of the list of parameters; default: SGD, learning rate 0.01, Nesterov momentum 0.9,
+            weight decay 5e-4.
+        lr_schedule: factor of the learning rate at a share of the run in [0, 1); default: half a cosine.
+        method: "gates", or a one-shot importance ("magnitude", "bn_scale", "taylor", "random"), after which the small model is
+            trained.
+        example_inputs: a tensor, a tuple (positional) or a dict (keywords); default: the inputs of the first batch.
+        include, exclude: names, shell patterns or a callable that select channel groups.
+        min_keep: no group keeps fewer units.
+        round_to: kept widths are multiples of this (or the full width).
+        amp: compute in bfloat16 where torch.autocast sees fit.
+        seed: of everything random.
+        checkpoint: a folder of this run alone.
+        checkpoint_every: steps between two checkpoints within an epoch.
+        progress: show a bar (with rich, on a terminal) or a line an epoch, on stderr.
+
+    Raises:
+        BudgetError, NoPrunableGroupError, TraceError, AlreadyGatedError: as `attach_gates`, before any training.
+        DataError: the loader or a setting cannot be used.
+        NonFiniteError: the loss is not finite; nothing of that step was applied.
+        CheckpointError: the folder holds another run, or is damaged.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(5)]
+        >>> compress(model, batches, budget=Budget(macs=0.5), epochs=2, progress=False).model[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+    if is_gated(model):
+        raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
+    check_settings(train_loader, epochs, seed, checkpoint_every)
+    if checkpoint is not None and getattr(train_loader, "persistent_workers", False):
+        warnings.warn(
+            "persistent_workers: a resumed run may draw other augmentations than an undisturbed one", stacklevel=2
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    task = Task(device, loss, metric, val_loader, amp)
+    with own_randomness(device, train_loader):
+        seed_epoch(train_loader, seed, 0)
+        if example_inputs is None:
+            example_inputs = moved(inputs_of(first_batch(train_loader)), device)
+        network = copy.deepcopy(model)
+        choice: dict[str, Any] = {"include": include, "exclude": exclude, "min_keep": min_keep, "round_to": round_to}
+        session, plan = None, None
+        steps = len(train_loader)  # type: ignore[arg-type]
+        if method == "gates":
+            session = attach_gates(network, example_inputs, budget=budget, total_steps=epochs * steps, **choice)
+        else:
+            batches = (
+                [b for _, b in zip(range(_TAYLOR_BATCHES), train_loader, strict=False)] if method == "taylor" else None
+            )
+            plan = plan_channels(
+                network,
+                example_inputs,
+                budget=budget,
+                importance=method,
+                data=batches,
+                loss=task.loss,
+                seed=seed,
+                **choice,
+            )
+            network = apply_plan(network, plan, example_inputs)
+        run = Run(network, session, plan, task, train_loader, epochs, steps, seed, lr_schedule)
+        run.optimizer = make_optimizer(optimizer, network)
+        run.base_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
+        if checkpoint is not None:
+            run.keep_in(Path(checkpoint), checkpoint_every, {"model": fingerprint(model), "budget": repr(budget),
+                                                            "method": method, "amp": amp})  # fmt: skip
+        if not run.resumed:
+            run.original = task.score(model)
+            run.gated = task.score(network) if plan is not None else None
+        run.train(progress)
+        if session is not None:
+            plan = session.harden()
+            run.gated = task.score(network)
+            network = session.finish()
+        assert plan is not None
+        small = network.eval()
+        report = CompressReport(
+            measure(model, example_inputs).as_dict(),
+            measure(small, example_inputs).as_dict(),
+            task.metric_name,
+            run.original,
+            run.gated,
+            task.score(small),
+        )
+    return CompressResult(small, plan, run.history, report)
