@@ -56,6 +56,12 @@ def _cpu() -> str:
         return platform.processor()
 
 
+def one_thread(device: str, threads: int) -> bool:
+    """Set the number of threads; whether processor time is the clock to use (one thread, no GPU)."""
+    torch.set_num_threads(threads)
+    return threads == 1 and not device.startswith("cuda")
+
+
 def write(name: str, results: Mapping[str, Any], table: str, seed: int = 0) -> None:
     """`results/<name>.json` and `results/<name>.md`; the table is printed too."""
     RESULTS.mkdir(exist_ok=True)
@@ -77,12 +83,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = 60, warm_up: int = 2
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = 60, warm_up: int = 2, cpu_time: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each run, round by round: one call of each in turn, so that what else the machine does hits all alike.
 
-    The order turns from round to round. Stops after `rounds`, or after `seconds` once there are 5 rounds.
+    The order turns from round to round. Stops after `rounds`, or after `seconds` once there are 5 rounds. `cpu_time`: the
+    processor time of this process, which a busy machine does not stretch; means what it says with one thread only.
     """
+    clock = time.process_time if cpu_time else time.perf_counter
     sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     for run in runs.values():
         for _ in range(warm_up):
@@ -96,10 +104,10 @@ def interleaved(
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             sync()
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
             sync()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
@@ -125,12 +133,15 @@ def compare(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 
 
 def in_child(code: str, arguments: Sequence[str], *, timeout: float = 600, path: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a Python file in a process of its own; what it prints last is JSON. Adds the process's peak memory."""
+    """Run a Python file in a process of its own; what it prints last is JSON."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, code, *arguments], capture_output=True, text=True, timeout=timeout, env=env, check=False
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, code, *arguments], capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
     out: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -7,16 +7,20 @@ Reported is the last epoch's accuracy on the test set, which is read once, at th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import math
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peers
 import records
 import torch
+from bench import circumstances, table
 from data import Cifar10
 from methods import METHODS, Job
 from models import build
@@ -31,37 +35,61 @@ FAILED = 1
 
 # What makes two runs the same experiment, but for the seed.
 SETTINGS = (
-    "kind", "model", "method", "epochs", "lr", "budget", "inner_only", "batch_size", "weight_decay", "train_subset", "bf16", "tp_reg",
+    "kind", "model", "method", "epochs", "lr", "budget", "inner_only", "batch_size", "weight_decay", "train_subset", "bf16",
+    "tp_reg",
 )  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(METHODS)
-    parser.add_argument("--model", default="resnet20,resnet56", help="one or several of resnet20, resnet56 (%(default)s)")
+    parser.add_argument(
+        "--model", default="resnet20,resnet56", help="one or several of resnet20, resnet56 (%(default)s)"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help=f"one or several of {names} (all)")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of a run, all phases together (%(default)s)")
-    parser.add_argument("--lr", default="0.02", help="peak learning rate, or 'auto': the sweep's choice per method (%(default)s)")
-    parser.add_argument("--lr-sweep", metavar="LR,LR,…", help="instead of the runs: try these on the held-out training images")
+    parser.add_argument(
+        "--lr", default="0.02", help="peak learning rate, or 'auto': the sweep's choice per method (%(default)s)"
+    )
+    parser.add_argument(
+        "--lr-sweep", metavar="LR,LR,…", help="instead of the runs: try these on the held-out training images"
+    )
+    parser.add_argument("--sweep-epochs", type=int, metavar="N", help="epochs of the sweep's runs (as --epochs)")
     parser.add_argument("--seeds", default="0", help="for example 0,1,2 (%(default)s); a sweep uses the first")
     parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs to keep at most (%(default)s)")
-    parser.add_argument("--inner-only", action="store_true", help="prune inside the blocks only, not the residual streams")
+    parser.add_argument(
+        "--inner-only", action="store_true", help="prune inside the blocks only, not the residual streams"
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="(%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
-    parser.add_argument("--tp-reg", type=float, default=5e-4, help="strength of tp_group_norm's regulariser (%(default)s)")
-    parser.add_argument("--keep-gates", action="store_true", help="remove closed channels at the end only (slower, same function)")
-    parser.add_argument("--train-subset", type=int, metavar="N", help="the first N training images (and at most N others): a try")
+    parser.add_argument(
+        "--tp-reg", type=float, default=5e-4, help="strength of tp_group_norm's regulariser (%(default)s)"
+    )
+    parser.add_argument(
+        "--keep-gates", action="store_true", help="remove closed channels at the end only (slower, same function)"
+    )
+    parser.add_argument(
+        "--train-subset", type=int, metavar="N", help="the first N training images (and at most N others): a try"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with CIFAR-10's binary version")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with cifar10-resnet20.safetensors, …56.safetensors")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/cifar"), help="results, cifar.jsonl (%(default)s)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="folder with cifar10-resnet20.safetensors, …56.safetensors"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs/cifar"), help="results, cifar.jsonl (%(default)s)"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="checkpoints of unfinished runs (OUT/work)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (evaluation stays in float32)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="train under bfloat16 autocast (evaluation stays in float32)"
+    )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="train under torch.compile")
     parser.add_argument("--compile-mode", default="default", help="(%(default)s)")
-    parser.add_argument("--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
+    )
     parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
     args = parser.parse_args()
@@ -99,6 +127,7 @@ def main() -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # accuracies, and the check of removal, are in true float32
     device = torch.device(args.device)
     data = Cifar10(args.data, device, args.channels_last)
     clock = Clock(args.time_limit)
@@ -113,15 +142,20 @@ def main() -> int:
                 if any(same(settings, record) for record in done):
                     print(f"{label(settings)}: done before", flush=True)
                     continue
-                record = run(args, settings, data, device, clock)
+                try:
+                    record = run(args, settings, data, device, clock)
+                except (FloatingPointError, pw.NonFiniteError) as error:
+                    print(f"{label(settings)}: {error}", file=sys.stderr)
+                    if settings["kind"] == "test":
+                        failed = True
+                        continue
+                    record = {**settings, "accuracy": 0.0, "diverged": str(error)}
                 records.append(results, record)
-                print(f"{label(settings)}: {100 * record['accuracy']:.2f} % at {record['macs_share']:.4f} of the MACs", flush=True)
+                share = record.get("macs_share", math.nan)
+                print(f"{label(settings)}: {100 * record['accuracy']:.2f} % at {share:.4f} of the MACs", flush=True)
         except OutOfTime:
             print("out of time; the same command goes on from here", file=sys.stderr)
             return STOPPED
-        except FloatingPointError as error:
-            print(f"{model} {method}: {error}", file=sys.stderr)
-            failed = True
     if args.lr_sweep:
         for model, method in itertools.product(args.model, args.methods):
             choice = chosen_rate(args, model, method, records.read([results]))
@@ -134,11 +168,14 @@ def wanted(args: argparse.Namespace, model: str, method: str, done: list[records
     common = settings_of(args, model, method)
     if args.lr_sweep:
         rates = [float(r) for r in args.lr_sweep.split(",")]
+        common["epochs"] = args.sweep_epochs or args.epochs
         return [{**common, "kind": "sweep", "lr": r, "seed": args.seeds[0]} for r in rates]
     if args.lr == "auto":
         lr = chosen_rate(args, model, method, done)
         if lr is None:
-            raise SystemExit(f"--lr auto: no sweep of {method} on {model} with these settings; run it with --lr-sweep first")
+            raise SystemExit(
+                f"--lr auto: no sweep of {method} on {model} with these settings; run it with --lr-sweep first"
+            )
     else:
         lr = float(args.lr)
     return [{**common, "kind": "test", "lr": lr, "seed": seed} for seed in args.seeds]
@@ -150,7 +187,7 @@ def settings_of(args: argparse.Namespace, model: str, method: str) -> dict[str, 
         "method": method,
         "epochs": args.epochs,
         "budget": 1.0 if method == "dense" else args.budget,
-        "inner_only": args.inner_only and method != "dense" or METHODS[method].needs_torch_pruning,
+        "inner_only": (args.inner_only and method != "dense") or METHODS[method].needs_torch_pruning,
         "batch_size": args.batch_size,
         "weight_decay": args.weight_decay,
         "train_subset": args.train_subset,
@@ -165,7 +202,7 @@ def same(settings: dict[str, Any], record: records.Record) -> bool:
 
 def chosen_rate(args: argparse.Namespace, model: str, method: str, done: list[records.Record]) -> float | None:
     """The learning rate with the best held-out accuracy, of the sweep with these settings; the lower one of equals."""
-    want = {**settings_of(args, model, method), "kind": "sweep"}
+    want = {**settings_of(args, model, method), "kind": "sweep", "epochs": args.sweep_epochs or args.epochs}
     found = [r for r in done if all(r[name] == want[name] for name in want)]
     if not found:
         return None
@@ -174,8 +211,8 @@ def chosen_rate(args: argparse.Namespace, model: str, method: str, done: list[re
 
 def label(settings: dict[str, Any]) -> str:
     scope = "" if settings["method"] == "dense" else "-inner" if settings["inner_only"] else "-all"
-    name = f"{settings['model']}-{settings['method']}{scope}-b{settings['budget']}-e{settings['epochs']}-lr{settings['lr']}-s{settings['seed']}"
-    return name + ("-sweep" if settings["kind"] == "sweep" else "")
+    name = f"{settings['model']}-{settings['method']}{scope}-b{settings['budget']}-e{settings['epochs']}"
+    return f"{name}-lr{settings['lr']}-s{settings['seed']}" + ("-sweep" if settings["kind"] == "sweep" else "")
 
 
 def run(
@@ -216,7 +253,7 @@ def run(
 
     for phase in method.phases(shared.epochs):
         for epoch in range(max(phase[0], len(curve)), phase[1]):
-            clock.require(curve[-1]["seconds"] if curve else 0)
+            clock.require((curve[-1]["seconds"] if curve else 0) + method.surgery_s)
             curve.append(method.train(epoch, phase))
             state = {
                 "notes": job.notes, "method": method.state(), "tensors": trainer.model.state_dict(), "momenta": trainer.momenta(),
@@ -248,16 +285,16 @@ def run(
         "channels_last": args.channels_last,
         "compile": args.compile_mode if args.compile else None,
         "resumed": saved is not None,
+        **circumstances(settings["seed"]),
         "command": records.command(FOLDERS),
-        **records.environment(device),
     }
+    if method.needs_torch_pruning:
+        record["versions"]["torch-pruning"] = version("torch-pruning")
     path.unlink(missing_ok=True)
     return record
 
 
 def digest(settings: dict[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
 
 
@@ -267,7 +304,15 @@ def render(found: list[records.Record]) -> str:
     tests = [r for r in found if r["kind"] == "test"]
 
     def section(r: records.Record) -> tuple[Any, ...]:
-        return r["model"], r["epochs"], r["batch_size"], r["weight_decay"], r["train_subset"], r["bf16"], r["evaluated_on"]
+        return (
+            r["model"],
+            r["epochs"],
+            r["batch_size"],
+            r["weight_decay"],
+            r["train_subset"],
+            r["bf16"],
+            r["evaluated_on"],
+        )
 
     for (model, epochs, batch, decay, subset, bf16, images), members in records.grouped(tests, section).items():
         base = members[0]["base_accuracy"]
@@ -287,16 +332,23 @@ def render(found: list[records.Record]) -> str:
         where = sorted({r["hardware"].get("gpu", r["hardware"]["cpu"]) for r in members})
         texts.append(
             f"**{model}**, {epochs} epochs, batch {batch}, weight decay {decay:g}{', bfloat16' if bf16 else ''}"
-            f"{f', first {subset} training images only' if subset else ''}; {images}; given weights {100 * base:.2f} %; {', '.join(where)}"
+            f"{f', first {subset} training images only' if subset else ''}; {images}; given weights {100 * base:.2f} %; "
+            f"{', '.join(where)}"
         )
         header = [
-            "method", "channels", "runs", "learning rate", "accuracy, %", "change", "MACs share", "parameters share", "training, min",
+            "method", "channels", "runs", "learning rate", "accuracy, %", "change", "MACs share", "parameters share",
+            "training, min",
         ]  # fmt: skip
-        texts.append(records.table(header, [cells for _, cells in rows]))
+        texts.append(table(header, [cells for _, cells in rows]))
     sweeps = [r for r in found if r["kind"] == "sweep"]
     if sweeps:
-        texts.append("Learning rates tried (accuracy on the last 5,000 training images, left out of these runs; the given weights have seen them):")
-        by = records.grouped(sweeps, lambda r: (r["model"], r["method"], "inner" if r["inner_only"] else "all", r["epochs"]))
+        texts.append(
+            "Learning rates tried (accuracy on the last 5,000 training images, left out of these runs; the given weights "
+            "have seen them; 0: diverged):"
+        )
+        by = records.grouped(
+            sweeps, lambda r: (r["model"], r["method"], "inner" if r["inner_only"] else "all", r["epochs"])
+        )
         rates = sorted({r["lr"] for r in sweeps})
         lines = []
         for (model, method, scope, epochs), runs in by.items():
@@ -304,7 +356,7 @@ def render(found: list[records.Record]) -> str:
             best = max(at.values())
             cells = [f"**{at[r]:.2f}**" if at.get(r) == best else f"{at[r]:.2f}" if r in at else "–" for r in rates]
             lines.append([f"{model} {method}", scope, str(epochs), *cells])
-        texts.append(records.table(["run", "channels", "epochs", *(f"{r:g}" for r in rates)], lines))
+        texts.append(table(["run", "channels", "epochs", *(f"{r:g}" for r in rates)], lines))
     return "\n\n".join(texts) or "no results"
 
 

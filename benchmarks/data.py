@@ -77,7 +77,9 @@ class Cifar10:
         self.folder = inner if inner.is_dir() else folder
         missing = [n for n in (*_BATCHES, "test_batch") if not (self.folder / f"{n}.bin").is_file()]
         if missing:
-            raise SystemExit(f"{folder}: no {missing[0]}.bin; wanted is CIFAR-10 in its binary version (cifar-10-binary.tar.gz, unpacked)")
+            raise SystemExit(
+                f"{folder}: no {missing[0]}.bin; wanted is CIFAR-10's binary version (cifar-10-binary.tar.gz)"
+            )
         self.device, self.channels_last = device, channels_last
 
     def train(self, *, hold_out: bool = False, subset: int | None = None) -> Images:

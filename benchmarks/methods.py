@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import peers
-import torch
 from data import Images
 from torch import Tensor, nn
 from training import Trainer, predictions
@@ -48,6 +47,7 @@ class Method:
     """No pruning; the base of the others."""
 
     needs_torch_pruning = False
+    surgery_s = 0  # what an epoch may take longer than its training, about
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -113,6 +113,7 @@ class TrainedGates(Method):
     """`pw.attach_gates`. Once all gates have settled, the closed channels are removed for good at the end of the epoch: the
     function stays the same, and the rest of the training is faster (`--keep-gates` leaves them on to the end)."""
 
+    control = "fisher"
     small: nn.Module | None = None
 
     def start(self) -> None:
@@ -127,6 +128,7 @@ class TrainedGates(Method):
             budget=pw.Budget(macs=job.budget),
             total_steps=trainer.settings.epochs * trainer.steps_per_epoch,
             include=job.include,
+            control=self.control,  # type: ignore[arg-type]
         )
         trainer.adopt(job.model, skip=tuple(self.gates.parameters()))
 
@@ -183,6 +185,12 @@ class TrainedGates(Method):
         self.job.trainer.adopt(self.small)
 
 
+class DescendedGates(TrainedGates):
+    """The same with gates that move by plain gradient descent, as in the paper."""
+
+    control = "descent"
+
+
 @dataclass
 class _Ended:
     """What is left of a gate session after a restart."""
@@ -197,7 +205,9 @@ class TPMagnitude(Method):
     global_pruning = False
 
     def start(self) -> None:
-        small, notes = peers.magnitude(self.job.model, self.job.example, self.job.limit, global_pruning=self.global_pruning)
+        small, notes = peers.magnitude(
+            self.job.model, self.job.example, self.job.limit, global_pruning=self.global_pruning
+        )
         self.job.notes.update(notes)
         self.job.trainer.adopt(small)
 
@@ -217,6 +227,7 @@ class TPGroupNorm(Method):
     own learning-rate schedule, as published."""
 
     needs_torch_pruning = True
+    surgery_s = 60
     pruned = False
 
     def phases(self, epochs: int) -> list[tuple[int, int]]:
@@ -254,6 +265,7 @@ class TPGroupNorm(Method):
 
 METHODS: dict[str, type[Method]] = {
     "gates": TrainedGates,
+    "gates_descent": DescendedGates,
     "l1_uniform": OneShot,
     "taylor_global": TaylorGlobal,
     "random_uniform": RandomUniform,

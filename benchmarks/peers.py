@@ -1,8 +1,8 @@
 """Torch-Pruning, set up as its documentation says, at the same count of multiply-adds as the rest.
 
-Its graph does not follow the zero-padded shortcut of these ResNets (channel i of a stage meets channel i, not i + padding, of
-the next), so the residual streams are in `ignored_layers`: its way of leaving them alone. It then removes inner channels of the
-blocks, as `--inner-only` makes every other method do.
+Its graph takes channel i of a stage to meet channel i of the next, where the zero-padded shortcut of these ResNets makes it meet
+channel i + padding; pruned residual streams would be added shifted. So they are in `ignored_layers`, its own way of leaving
+layers alone, and it removes inner channels of the blocks, as `--inner-only` makes every other method do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def ignored_layers(model: nn.Module) -> list[nn.Module]:
     return [m for path, m in modules.items() if path in ("conv1", "linear") or path.endswith(".conv2")]
 
 
-def magnitude(model: nn.Module, example: Tensor, limit: float, *, global_pruning: bool) -> tuple[nn.Module, dict[str, Any]]:
+def magnitude(
+    model: nn.Module, example: Tensor, limit: float, *, global_pruning: bool
+) -> tuple[nn.Module, dict[str, Any]]:
     """MagnitudePruner with group L2 importance in one step, at the smallest pruning ratio that meets `limit` MACs.
 
     Where all layers share one ratio, rounding to whole channels can leave it several percent under the limit; so, through

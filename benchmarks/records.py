@@ -1,20 +1,14 @@
-"""Results of benchmark runs: one JSON line a run, appended under a lock; and where and how a number was measured."""
+"""Results of benchmark runs: one JSON line a run, appended under a lock."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 Record = dict[str, Any]
 
@@ -46,27 +40,6 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
-def environment(device: torch.device) -> Record:
-    """Versions, hardware, time and code state; no host names and no paths."""
-    import prunewise
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "prunewise": prunewise.__version__}
-    for name in ("torch-pruning", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    hardware = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {
-        "versions": found,
-        "hardware": hardware,
-        "commit": _commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def command(folders: Iterable[str]) -> str:
     """The command line of this process, with the values of the options `folders` replaced by their names."""
     words = [f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}"]
@@ -84,35 +57,9 @@ def command(folders: Iterable[str]) -> str:
     return " ".join(words)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column left, the others right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
     """Records by key, in the order of their first appearance."""
     result: dict[Any, list[Record]] = {}
     for record in records:
         result.setdefault(key(record), []).append(record)
     return result
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "src"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

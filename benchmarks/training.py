@@ -54,7 +54,9 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer
         self._run: Callable[[Tensor], Tensor] = self.model
 
-    def adopt(self, model: nn.Module, *, skip: tuple[nn.Parameter, ...] = (), optimizer: torch.optim.Optimizer | None = None) -> None:
+    def adopt(
+        self, model: nn.Module, *, skip: tuple[nn.Parameter, ...] = (), optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """Train `model` from here on, all its parameters but `skip`."""
         s = self.settings
         if s.channels_last:
@@ -63,7 +65,9 @@ class Trainer:
         if optimizer is None:
             out = {id(p) for p in skip}
             parameters = [p for p in model.parameters() if id(p) not in out]
-            optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=MOMENTUM, nesterov=True, weight_decay=s.weight_decay)
+            optimizer = torch.optim.SGD(
+                parameters, lr=s.lr, momentum=MOMENTUM, nesterov=True, weight_decay=s.weight_decay
+            )
         self.optimizer = optimizer
         self.recompile()
 
@@ -104,7 +108,9 @@ class Trainer:
                 after_step(self.optimizer)
         mean = float(total) / self.steps_per_epoch
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {mean}: a lower learning rate is needed")
+            raise FloatingPointError(
+                f"the training loss of epoch {epoch + 1} is {mean}: a lower learning rate is needed"
+            )
         return {
             "epoch": epoch + 1,
             "loss": round(mean, 5),

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     )
     from prunewise.core.groups import ChannelGroup, channel_groups
     from prunewise.core.plan import ChannelPlan
-    from prunewise.core.surgery import apply_plan, migrate_optimizer
+    from prunewise.core.optimizer import migrate_optimizer
+    from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
 
@@ -73,7 +74,8 @@ _HOMES = {
     "core.cost": ("Cost", "measure"),
     "core.groups": ("ChannelGroup", "channel_groups"),
     "core.plan": ("ChannelPlan",),
-    "core.surgery": ("apply_plan", "migrate_optimizer"),
+    "core.optimizer": ("migrate_optimizer",),
+    "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
 }

@@ -132,9 +132,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path} is missing: name the folder that save_pruned wrote") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CheckpointError(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
         yield file
 
 

@@ -250,9 +250,11 @@ class Run:
         self._step += 1
 
     def _macs_share(self) -> float:
-        before, after = (self.plan.cost_before, self.plan.cost_after) if self.plan is not None else ({}, {})
         if self.session is not None:
-            before, after = self.session._plan().cost_before, self.session.cost().as_dict()
+            before, after = self.session.control.full, self.session.cost().as_dict()
+        else:
+            assert self.plan is not None
+            before, after = dict(self.plan.cost_before), dict(self.plan.cost_after)
         return after["macs"] / before["macs"] if before.get("macs") else 1.0
 
     def _line(self, row: HistoryRow) -> str:

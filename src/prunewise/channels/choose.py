@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from prunewise.channels.latency import LatencyModel
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import NonFiniteError
 from prunewise.core.groups import ChannelGroup
@@ -18,13 +20,42 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Limits:
-    """The constraints on a choice: absolute cost limits by kind, least units of each group, and multiples."""
+    """The constraints on a choice: absolute cost limits by kind, least units of each group, and multiples.
+
+    Kinds are those of `Cost`, and "latency_ms" where there is a `latency` model.
+    """
 
     costs: CostModel
     groups: tuple[ChannelGroup, ...]
     absolute: Mapping[str, float]
     min_keep: int = 1
     round_to: int = 1
+    latency: LatencyModel | None = None
+
+    def totals(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """Every cost by kind, with `widths[name]` units of each group; groups not named are kept whole."""
+        found: dict[str, float] = {**self.costs(widths).as_dict()}
+        if self.latency is not None:
+            found["latency_ms"] = self.latency(widths)
+        return found
+
+    def tensor(self, kind: str, kept: torch.Tensor) -> torch.Tensor:
+        """One cost as a float64 scalar, differentiable in the widths `kept`, in the order of `costs.groups`."""
+        if kind == "latency_ms":
+            assert self.latency is not None
+            return self.latency.tensor(kept)
+        return self.costs.tensor(kind, kept)
+
+    def notes(self, keep: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """What a plan should say of its latency: predicted, before and after, and where it was measured."""
+        if self.latency is None:
+            return {}
+        after = self.latency({name: len(kept) for name, kept in keep.items()})
+        return {
+            "latency_ms": f"{after:.6g}",
+            "latency_ms_before": f"{self.latency.full_ms:.6g}",
+            "latency_device": self.latency.device,
+        }
 
     def floor(self, group: ChannelGroup) -> int:
         """The fewest units that `group` may keep."""
@@ -39,14 +70,19 @@ class Limits:
         """True where every cost is within its limit (or within `slack`, where given)."""
         kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
         limits = slack if slack is not None else self.absolute
-        return all(float(self.costs.tensor(kind, kept)) <= limit + 0.5 for kind, limit in limits.items())
+        values = {kind: float(self.tensor(kind, kept)) for kind in limits}
+        return all(
+            # Counts are integers up to rounding; a limit need not be one.
+            value <= limit if kind == "latency_ms" else value < math.floor(limit) + 0.5
+            for (kind, limit), value in zip(limits.items(), values.values(), strict=True)
+        )
 
     def marginal(self, widths: Mapping[str, int]) -> dict[str, float]:
         """What one more unit of each group costs, as a share of the limits (summed over those that are exceeded)."""
         kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
         kept.requires_grad_(True)
         total = torch.zeros((), dtype=torch.float64)
-        values = {kind: self.costs.tensor(kind, kept) for kind in self.absolute}
+        values = {kind: self.tensor(kind, kept) for kind in self.absolute}
         over = {k: max(0.0, float(v.detach()) / self.absolute[k] - 1) for k, v in values.items()}
         for kind, value in values.items():
             weight = over[kind] if any(over.values()) else 1.0

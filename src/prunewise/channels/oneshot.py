@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from prunewise.channels import importance as imp
 from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores, choose_units
+from prunewise.channels.latency import LatencyModel
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, NoPrunableGroupError, PlanError
 from prunewise.core.groups import ChannelGroup, Choice, select
@@ -72,7 +74,7 @@ def plan_channels(
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
     costs = CostModel.of(model, example_inputs)
-    limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to)
+    limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)
     scores = _score(model, limits.groups, importance, data, loss, seed)
     if allocation is None:
         allocation = "global" if importance == "taylor" else "uniform"
@@ -84,8 +86,9 @@ def plan_channels(
     else:
         raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
-    notes = {"importance": name, "allocation": allocation}
-    return make_plan(fingerprint(model), costs, choose_units(worth, limits), notes, example_inputs)
+    keep = choose_units(worth, limits)
+    notes = {"importance": name, "allocation": allocation, **limits.notes(keep)}
+    return make_plan(fingerprint(model), costs, keep, notes, example_inputs)
 
 
 def limits_for(
@@ -96,8 +99,9 @@ def limits_for(
     exclude: Choice,
     min_keep: int,
     round_to: int,
+    example_inputs: Inputs = None,
 ) -> Limits:
-    """The limits of a choice, checked to be reachable."""
+    """The limits of a choice, checked to be reachable. A latency budget needs the example inputs, to measure on."""
     if min_keep < 1 or round_to < 1:
         raise PlanError(f"min_keep={min_keep} and round_to={round_to} should be at least 1")
     groups = select(costs.grouping.groups, include, exclude)
@@ -107,9 +111,14 @@ def limits_for(
             f"no channel of this {type(model).__name__} can be removed: "
             f"{'; '.join(sorted(reasons)[:4]) or 'all excluded'}"
         )
-    limits = Limits(costs, tuple(groups), {}, min_keep, round_to)
-    absolute = budget.check_reachable(costs, groups, limits.floors)
-    return Limits(costs, tuple(groups), absolute, min_keep, round_to)
+    latency = budget.latency_model
+    if latency is not None:
+        latency.check(costs)
+    elif budget.latency_ms is not None:
+        latency = LatencyModel.of(costs, model, example_inputs, budget.device)
+    limits = Limits(costs, tuple(groups), {}, min_keep, round_to, latency)
+    absolute = budget.check_reachable(costs, groups, limits.floors, latency)
+    return replace(limits, absolute=absolute)
 
 
 def make_plan(

@@ -21,17 +21,12 @@ from prunewise.channels.oneshot import limits_for, make_plan
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import Choice
+from prunewise.core.optimizer import move_optimizer
 from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.proof import check_equal
 from prunewise.core.sites import gate_sites
-from prunewise.core.surgery import (
-    Surgeon,
-    check_equal,
-    graft,
-    is_gated,
-    move_optimizer,
-    require_unshared,
-    state_slices,
-)
+from prunewise.core.slices import state_slices
+from prunewise.core.surgery import Surgeon, graft, is_gated, require_unshared
 from prunewise.core.trace import Inputs
 
 
@@ -334,7 +329,8 @@ class GateSession:
             name: tuple(units[i] for i in self.control.keep[name]) if name in self.control.keep else units
             for name, units in self._original.items()
         }
-        return make_plan(self._fingerprint, self._costs, keep, {"importance": "gates"})
+        inputs = self._surgeon.example_inputs
+        return make_plan(self._fingerprint, self._costs, keep, {"importance": "gates"}, inputs)
 
     def _magnitudes(self) -> dict[str, Scores]:
         """L1 of the filters of every unit, as the weights are now."""

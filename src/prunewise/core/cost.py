@@ -156,6 +156,15 @@ class CostModel:
         sizes = matrix @ kept.to(torch.float64) + constant
         return (coefficients * sizes[index].prod(dim=1)).sum()
 
+    def size_form(self, layout: Layout, dim: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """The size of a dimension as a linear form: a constant, and how much each unit of a group adds."""
+        constant, counts = self._rows[self._size(layout, dim)]
+        return constant, tuple((self.groups[k].name, n) for k, n in sorted(counts.items()))
+
+    def count_form(self, labels: npt.NDArray[np.int64]) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """How many of these labels (one dimension's) there are, as a linear form like `size_form`'s."""
+        return self.size_form(Layout((len(labels),), (Block((0,), labels),)), 0)
+
     def shape(self, layout: Layout, kept: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of a tensor with this layout when `kept[name]` units of each group stay."""
         sizes = []

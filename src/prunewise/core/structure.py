@@ -47,7 +47,7 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
         TraceError: the forward pass fails on `example_inputs`.
     """
     flow = Flow()
-    passes = [_run(flow, record(model, example_inputs))]
+    passes = [run_rules(flow, record(model, example_inputs))]
     used = passes[0].trace.used_state()
     trained = {i for name, i in passes[0].trace.state.items() if passes[0].trace.tensors[i].kind == "param"}
     if trained - used:
@@ -56,18 +56,19 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
         except TraceError:
             in_training = None  # detection models want targets in training: what eval shows has to do
         if in_training is not None and in_training.used_state() - used:
-            passes.append(_run(flow, in_training))
+            passes.append(run_rules(flow, in_training))
             used |= passes[1].trace.used_state()
     for index in sorted(trained - used):
         info = passes[0].trace.tensors[index]
         for block in flow.state[info.name].blocks:
             flow.store.pin(block.labels, "not used in the forward pass")
     for rectangle in flow.rectangles:
-        _resolve(flow, rectangle)
+        resolve(flow, rectangle)
     return Structure(flow, passes)
 
 
-def _run(flow: Flow, trace: Trace) -> Pass:
+def run_rules(flow: Flow, trace: Trace) -> Pass:
+    """Let the labels flow through a trace; outputs of the model are pinned."""
     flow.begin(trace)
     flow.group_counts = {}
     for op in trace.ops:
@@ -102,7 +103,7 @@ def _apply(flow: Flow, op: Op) -> list[Layout]:
     return [Layout(flow.shape(o)) for o in op.outputs]
 
 
-def _resolve(flow: Flow, rectangle: Rectangle) -> None:
+def resolve(flow: Flow, rectangle: Rectangle) -> None:
     """Unite labels until what stays of a split dimension is a product: pick the axis that leaves most choice."""
     store = flow.store
     roots = store.roots(rectangle.labels)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import AlreadyGatedError, PlanError, SharedParameterError, VerificationError
+from prunewise.core.errors import AlreadyGatedError, SharedParameterError
+from prunewise.core.graph import rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
-from prunewise.core.sites import masked
+from prunewise.core.proof import check_equal
+from prunewise.core.slices import slice_state, state_slices
 from prunewise.core.structure import analyse
-from prunewise.core.trace import Inputs, as_call, evaluating, tensors_of
+from prunewise.core.trace import Inputs
 from prunewise.core.widths import fit_attributes
-
-Keep = dict[str, dict[int, npt.NDArray[np.int64]]]  # tensor name -> dimension -> indices that stay
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,12 @@ class Surgeon:
         problem = fit_attributes(small, self.example_inputs, self.costs, widths)
         if problem is None:
             return small
-        raise VerificationError(problem)
+        warnings.warn(
+            f"the small {type(model).__name__} is a graph module, not your class, because {problem}. It trains, saves and "
+            "loads all the same; make that width follow from shapes or attributes to keep your class",
+            stacklevel=3,
+        )
+        return rebuild(model, self.grouping, keep, self.example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
@@ -98,63 +100,6 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
 def is_gated(model: nn.Module) -> bool:
     """True where a gate session is attached."""
     return any(getattr(m, "_prunewise_gate", False) for m in model.modules())
-
-
-# -- slicing ------------------------------------------------------------------------------------------------------
-
-
-def state_slices(grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> Keep:
-    """For every parameter and buffer that loses something: the indices that stay, by dimension."""
-    shapes = {t.name: t.shape for t in grouping.structure.trace.tensors if t.name}
-    gone: dict[str, dict[int, npt.NDArray[np.bool_]]] = {}
-    for group in grouping.groups:
-        if group.name not in keep:
-            continue
-        removed = np.setdiff1d(np.arange(group.size), np.asarray(keep[group.name], dtype=np.int64))
-        for member in group.members:
-            dims = gone.setdefault(member.name, {})
-            if member.dim not in dims:
-                dims[member.dim] = np.zeros(shapes[member.name][member.dim], dtype=bool)
-            dims[member.dim][member.indices[removed]] = True
-    return {
-        name: {dim: np.flatnonzero(~mask) for dim, mask in dims.items() if mask.any()} for name, dims in gone.items()
-    }
-
-
-def take(tensor: Tensor, slices: Mapping[int, npt.NDArray[np.int64]]) -> Tensor:
-    """`tensor` with only the given indices of each dimension, contiguous as the original was."""
-    format_ = torch.preserve_format
-    out = tensor
-    for dim, indices in slices.items():
-        out = out.index_select(dim, torch.from_numpy(indices).to(tensor.device))
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out.clone(memory_format=format_) if out is tensor else out
-
-
-def slice_state(module: nn.Module, slices: Keep) -> None:
-    """Replace the parameters and buffers of `module` by slices of them. Tied ones stay tied."""
-    owners: dict[int, tuple[str, list[tuple[dict[str, Any], str]]]] = {}
-    for path, sub in module.named_modules():
-        for store in (sub._parameters, sub._buffers):
-            for leaf, tensor in store.items():
-                if tensor is not None:
-                    name = f"{path}.{leaf}" if path else leaf
-                    owners.setdefault(id(tensor), (name, []))[1].append((store, leaf))
-    for name, places in owners.values():
-        dims = slices.get(name)
-        if not dims:
-            continue
-        store, leaf = places[0]
-        old = store[leaf]
-        with torch.no_grad():
-            new = take(old.detach(), dims)
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-                if old.grad is not None:
-                    new.grad = take(old.grad, dims)
-        for store, leaf in places:
-            store[leaf] = new
 
 
 def _set_widths(model: nn.Module, costs: CostModel, widths: Mapping[str, int]) -> None:
@@ -198,98 +143,6 @@ def _set_own_widths(module: nn.Module) -> None:
         PrunedMultiheadAttention.adopt(module)
 
 
-# -- proof --------------------------------------------------------------------------------------------------------
-
-
-def check_equal(
-    model: nn.Module,
-    small: nn.Module,
-    grouping: Grouping,
-    keep: Mapping[str, tuple[int, ...]],
-    example_inputs: Inputs,
-) -> float:
-    """Compare the small model with the masked original on the example inputs, in eval mode.
-
-    Returns:
-        The largest difference relative to the largest output.
-
-    Raises:
-        VerificationError: it is larger than rounding explains.
-    """
-    if any(p.is_meta for p in model.parameters()):
-        return 0.0
-    args, kwargs = as_call(example_inputs)
-    with torch.no_grad(), evaluating(model), evaluating(small):
-        with masked(model, grouping.groups, keep):
-            want = tensors_of(model(*args, **kwargs))
-        got = tensors_of(small(*args, **kwargs))
-    worst = 0.0
-    for a, b in zip(want, got, strict=True):
-        if a.shape != b.shape:
-            raise VerificationError(
-                f"an output has shape {tuple(b.shape)} where the gated model gives {tuple(a.shape)}"
-            )
-        if a.is_floating_point() or a.is_complex():
-            scale = float(a.abs().max()) if a.numel() else 0.0
-            difference = float((a - b).abs().max()) / max(scale, 1e-12) if a.numel() else 0.0
-            tolerance = (
-                max(1e-9, 1e5 * torch.finfo(a.dtype).eps)
-                if a.dtype == torch.float64
-                else (1e-3 if a.dtype == torch.float32 else 0.1)
-            )
-            if not difference <= tolerance and not math.isnan(scale):
-                raise VerificationError(
-                    f"the small model differs from the gated one by {difference:.2e} of the largest output. The model "
-                    "was left as it was. This is a defect of prunewise: please report the model's code"
-                )
-            worst = max(worst, difference)
-    return worst
-
-
-# -- optimizers ---------------------------------------------------------------------------------------------------
-
-
-def migrate_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    small: nn.Module,
-    plan: ChannelPlan,
-    example_inputs: Inputs,
-) -> None:
-    """Point `optimizer` (made for `model`) at the parameters of `small`, its state sliced as they were.
-
-    Momenta, second moments and whatever else has a parameter's shape lose the removed channels; step counts,
-    parameter groups and their settings stay. The optimizer is changed in place; parameters of other models in
-    it are left alone.
-
-    Raises:
-        PlanError: `plan` is not the one that leads from `model` to `small`.
-    """
-    grouping = find_groups(analyse(model, example_inputs))
-    plan.check(model, grouping.groups)
-    move_optimizer(optimizer, model, small, state_slices(grouping, plan.keep))
-
-
-def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, slices: Keep) -> None:
-    """`migrate_optimizer` with the slices at hand."""
-    new = dict(small.named_parameters())
-    moves: dict[Tensor, tuple[Tensor, Mapping[int, npt.NDArray[np.int64]]]] = {}
-    for name, p in model.named_parameters():
-        target, dims = new.get(name), slices.get(name, {})
-        shape = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(p.shape))
-        if target is None or tuple(target.shape) != shape:
-            raise PlanError(f"parameter {name!r} of the small model does not come from this model by this plan")
-        moves[p] = (target, dims)
-    for group in optimizer.param_groups:
-        group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
-    for before, (after, cut) in moves.items():
-        state = optimizer.state.pop(before, None)
-        if state is not None:
-            optimizer.state[after] = {
-                k: take(v, cut) if isinstance(v, Tensor) and v.shape == before.shape else v for k, v in state.items()
-            }
-
-
 def graft(model: nn.Module, small: nn.Module) -> None:
     """Give `model` the tensors and widths of its cut copy `small`. Modules stay the same objects."""
     copies = dict(small.named_modules(remove_duplicate=False))
@@ -310,11 +163,11 @@ def require_unshared(model: nn.Module) -> None:
     parameters = list(model.parameters())
     stores: list[Any] = gc.get_referrers(*parameters) if parameters else []
     for store in stores:
-        if type(store) is not dict or id(store) in own:
+        if not isinstance(store, dict) or id(store) in own:
             continue
         for owner in gc.get_referrers(store):
-            attributes = vars(owner) if isinstance(owner, nn.Module) else owner
-            if store is None or not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
+            attributes: Any = vars(owner) if isinstance(owner, nn.Module) else owner
+            if not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
                 continue
             shared = next((names[id(p)] for p in store.values() if id(p) in names), None)
             if shared is not None:

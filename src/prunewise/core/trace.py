@@ -7,6 +7,7 @@ the dispatcher are recorded, with the parameter names, the module that called, a
 
 from __future__ import annotations
 
+import logging
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ def as_call(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Writes every operation that reaches the dispatcher into a `Trace`."""
 
     def __init__(self, trace: Trace, stack: list[str]) -> None:
@@ -210,7 +211,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -266,11 +267,11 @@ def record_partly(
         _module_stack(model) as stack,
         _attributes_kept(model),
         _mode(model, training),
-        _plain_attention(),
+        plain_attention(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        recorder = _Recorder(trace, stack)
+        recorder = Recorder(trace, stack)
         state = {}
         for name, tensor, kind in named:
             state[name] = to_fake(tensor)
