@@ -276,7 +276,7 @@ def run(
         "macs_share_flop_counter": peers.counted_macs(small, example) / peers.counted_macs(original, example),
         "params": after.params,
         "params_share": after.params / before.params,
-        "widths": {n: len(m.weight) for n, m in small.named_modules() if isinstance(m, torch.nn.Conv2d)},
+        "widths": {n.removesuffix(".weight"): len(p) for n, p in small.named_parameters() if p.dim() == 4},
         "wall_s": round(wall, 1),
         "train_s": round(sum(row["seconds"] for row in curve), 1),
         "notes": job.notes,

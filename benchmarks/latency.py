@@ -14,6 +14,7 @@ MobileNetV2, bound by memory, near 0.7. round_to=8 should gain 5 to 10 % where w
 from __future__ import annotations
 
 import argparse
+import copy
 import warnings
 from typing import Any
 
@@ -76,7 +77,7 @@ def main() -> None:
             x = example(name, 2)
             plan = pw.plan_channels(model, x, budget=pw.Budget(macs=args.budget), round_to=multiple)
             share = plan.cost_after["macs"] / plan.cost_before["macs"]
-            networks[f"round_to={multiple}"] = (cut(model, plan, x), share)
+            networks[f"round_to={multiple}"] = (cut(copy.deepcopy(model), plan, x), share)
         networks["full again"] = (model, 1.0)  # the noise floor
         for network, _ in networks.values():
             network.to(args.device, memory_format=layout)

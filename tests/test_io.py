@@ -74,7 +74,7 @@ def test_outputs_are_equal_bit_for_bit_and_only_the_two_files_are_there(saved, e
 @pytest.mark.filterwarnings("ignore:the small")
 @pytest.mark.parametrize(
     "name",
-    ["resnet_a", "shufflenet_v2", "frozen_backbone", "weight_norm", "vit_mha", "seq2seq", "gpt2", "model_output"],
+    ["resnet_a", "shufflenet_v2", "frozen_backbone", "vit_mha", "seq2seq", "gpt2", "model_output"],
 )
 def test_models_of_the_zoo_come_back(name, tmp_path):
     model, x = build(name, dtype=torch.float32)
@@ -337,7 +337,7 @@ def test_a_plan_of_another_model_is_not_saved(tmp_path, example):
 
 
 def test_what_safetensors_cannot_hold_is_named(tmp_path, example):
-    with pytest.raises(pw.CheckpointError, match="'0.weight' is on the meta device"):
+    with pytest.raises(pw.CheckpointError, match=r"'0\.weight' is on the meta device"):
         pw.save_pruned(tmp_path, copy.deepcopy(example[0]).to("meta"), example[1])
     small = copy.deepcopy(example[0])
     small.register_buffer("odd", torch.eye(3).to_sparse())

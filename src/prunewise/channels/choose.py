@@ -59,7 +59,8 @@ class Limits:
 
     def floor(self, group: ChannelGroup) -> int:
         """The fewest units that `group` may keep."""
-        return min(group.size, max(1, self.min_keep, min(self.round_to, group.size)))
+        least = -(-max(1, self.min_keep) // self.round_to) * self.round_to
+        return min(group.size, least)
 
     @property
     def floors(self) -> dict[str, int]:

@@ -100,7 +100,8 @@ class GatedWeight(nn.Module):
         self._gates = gates
         self._groups: list[list[int]] = []  # for each site: the groups whose channels it reads
         self._shapes: list[list[int]] = []
-        for number, site in enumerate(sites):
+        self._indices: list[dict[torch.device, Tensor]] = []  # one copy a device; empty: the units as they come
+        for site in sites:
             units = torch.from_numpy(site.units)
             owned = [(units >= start) & (units < start + size) for start, size in zip(offsets, sizes, strict=True)]
             used = [k for k, own in enumerate(owned) if own.any()]
@@ -111,18 +112,20 @@ class GatedWeight(nn.Module):
                 index[owned[k]] = units[owned[k]] - offsets[k] + start
                 start += sizes[k]
             whole = len(used) == 1 and torch.equal(index, torch.arange(total))
-            self.register_buffer(f"_index_{number}", None if whole else index, persistent=False)
+            # Not a buffer: averages of weights would average it.
+            self._indices.append({} if whole else {index.device: index})
             self._groups.append(used)
             self._shapes.append([-1 if d == site.dim else 1 for d in range(ndim)])
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the entries of closed channels zero."""
-        for number, (used, shape) in enumerate(zip(self._groups, self._shapes, strict=True)):
-            index = getattr(self, f"_index_{number}")
-            if index is None:
+        for used, shape, index in zip(self._groups, self._shapes, self._indices, strict=True):
+            if not index:
                 mask = gate(self._gates.values[used[0]], self._gates.shaping)
             else:
                 mask = self._gates.vector(used)
-                mask = mask.index_select(0, index.to(mask.device))
+                if mask.device not in index:
+                    index[mask.device] = next(iter(index.values())).to(mask.device)
+                mask = mask.index_select(0, index[mask.device])
             weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view(shape)
         return weight

@@ -15,7 +15,7 @@ from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores, choose_units
 from prunewise.channels.latency import LatencyModel
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import AlreadyGatedError, NoPrunableGroupError, PlanError
+from prunewise.core.errors import AlreadyGatedError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.groups import ChannelGroup, Choice, select
 from prunewise.core.inputs import describe
 from prunewise.core.plan import ChannelPlan, fingerprint
@@ -171,4 +171,6 @@ def _score(
         values = scores.get(group.name)
         if values is None or np.shape(values) != (group.size,):
             raise PlanError(f"importance of {group.name!r}: expected one score for each of its {group.size} units")
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the weights (NaN?) or the loss")
     return scores

@@ -385,6 +385,9 @@ def _ungate(model: nn.Module) -> None:
         for leaf, chain in list(chains.items()):
             gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
             if gated is not None:
+                # Copies of a parametrised module share its class, from which torch is about to delete: its own first.
+                cls = type(module)
+                module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
                 # torch registers the weight anew, as the last one: optimizers and checkpoints go by the order.
                 rank = {name: i for i, name in enumerate(gated.order)}

@@ -30,6 +30,7 @@ class LabelStore:
         self._strong = np.zeros(4096, dtype=bool)
         self._count = 0
         self.pins: list[tuple[LabelArray, str]] = []
+        self.muted = False  # while True, nothing is united or pinned
 
     def __len__(self) -> int:
         return self._count
@@ -64,7 +65,7 @@ class LabelStore:
 
     def unite(self, a: LabelArray, b: LabelArray) -> None:
         """Make the classes of `a` and `b` one, entry by entry (shapes broadcast)."""
-        if a is b:
+        if a is b or self.muted:
             return
         a, b = (side.reshape(-1) for side in np.broadcast_arrays(a, b))
         a, b = self.roots(a), self.roots(b)
@@ -87,7 +88,8 @@ class LabelStore:
 
     def pin(self, labels: LabelArray, reason: str) -> None:
         """The channels of these labels must stay; `reason` is shown to the user."""
-        self.pins.append((labels.reshape(-1), reason))
+        if not self.muted:
+            self.pins.append((labels.reshape(-1), reason))
 
     def is_weak(self, labels: LabelArray) -> bool:
         """True when no parameter has any of these labels: constants and buffers only."""

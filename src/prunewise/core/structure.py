@@ -41,23 +41,21 @@ class Structure:
 def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     """Trace `model` and find which indices of its parameters and buffers must go together.
 
-    The model is traced in eval mode, and in train mode as well if parameters exist that only training uses.
+    The model is traced in eval mode, and followed in train mode as well if it does something else there.
 
     Raises:
         TraceError: the forward pass fails on `example_inputs`.
     """
     flow = Flow()
     passes = [run_rules(flow, record(model, example_inputs))]
-    used = passes[0].trace.used_state()
-    trained = {i for name, i in passes[0].trace.state.items() if passes[0].trace.tensors[i].kind == "param"}
-    if trained - used:
-        try:
-            in_training = record(model, example_inputs, training=True)
-        except TraceError:
-            in_training = None  # detection models want targets in training: what eval shows has to do
-        if in_training is not None and in_training.used_state() - used:
-            passes.append(run_rules(flow, in_training))
-            used |= passes[1].trace.used_state()
+    try:
+        in_training = record(model, example_inputs, training=True)
+    except TraceError:
+        in_training = None  # detection models want targets in training: what eval shows has to do
+    if in_training is not None and _path(in_training) != _path(passes[0].trace):
+        passes.append(run_rules(flow, in_training))
+    used = set().union(*(each.trace.used_state() for each in passes))
+    trained = {i for i in passes[0].trace.state.values() if passes[0].trace.tensors[i].kind == "param"}
     for index in sorted(trained - used):
         info = passes[0].trace.tensors[index]
         for block in flow.state[info.name].blocks:
@@ -67,14 +65,39 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     return Structure(flow, passes)
 
 
+# What differs between the modes of any network and says nothing about its structure.
+_OF_THE_MODE = ("native_dropout", "bernoulli", "empty_like", "native_batch_norm", "cudnn_batch_norm", "batch_norm")
+
+
+def _path(trace: Trace) -> list[object]:
+    """The operations of a trace, without those that training adds to any network (dropout, counters of batches)."""
+    return [
+        op.func
+        for op in trace.ops
+        if op.name not in _OF_THE_MODE and any(trace.tensors[o].shape for o in op.outputs) and not _is_dropout(op)
+    ]
+
+
+def _is_dropout(op: Op) -> bool:
+    """True for the pieces into which torch takes dropout apart."""
+    return op.name in ("div", "mul") and "torch/nn/modules/dropout" in op.where
+
+
 def run_rules(flow: Flow, trace: Trace) -> Pass:
     """Let the labels flow through a trace; outputs of the model are pinned."""
     flow.begin(trace)
     flow.group_counts = {}
+    live = trace.live_ops()
     for op in trace.ops:
+        # What no output depends on (attention weights that nobody asked for, say) must not pin anything.
+        flow.store.muted = op.index not in live
+        known = len(flow.rectangles), len(flow.demands)
         outputs = _apply(flow, op)
+        if flow.store.muted:
+            del flow.rectangles[known[0] :], flow.demands[known[1] :]
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout
+    flow.store.muted = False
     for index in trace.outputs:
         for block in flow.layouts.get(index, Layout(())).blocks:
             flow.store.pin(block.labels, "an output of the model")

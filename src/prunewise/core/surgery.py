@@ -158,6 +158,18 @@ def require_unshared(model: nn.Module) -> None:
     Raises:
         SharedParameterError: names the parameter and the other module.
     """
+    shared = _held_outside(model)
+    if shared is not None:
+        gc.collect()  # what an exported graph or an old wrapper left behind is no user
+        shared = _held_outside(model)
+    if shared is not None:
+        raise SharedParameterError(
+            f"parameter {shared!r} is also held by a module outside the model: prune the model that contains both, "
+            "or untie them first (give one a copy)"
+        )
+
+
+def _held_outside(model: nn.Module) -> str | None:
     names = {id(p): name for name, p in model.named_parameters()}
     own = {id(m._parameters) for m in model.modules()}
     parameters = list(model.parameters())
@@ -171,7 +183,5 @@ def require_unshared(model: nn.Module) -> None:
                 continue
             shared = next((names[id(p)] for p in store.values() if id(p) in names), None)
             if shared is not None:
-                raise SharedParameterError(
-                    f"parameter {shared!r} is also held by a module outside the model: prune the model that "
-                    "contains both, or untie them first (give one a copy)"
-                )
+                return shared
+    return None

@@ -8,8 +8,13 @@ the dispatcher are recorded, with the parameter names, the module that called, a
 from __future__ import annotations
 
 import logging
+import copy
+import functools
+import gc
 import sys
 import sysconfig
+import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -82,6 +87,21 @@ class Trace:
     outputs: list[int] = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
 
+    def live_ops(self) -> set[int]:
+        """Indices of the operations that an output depends on, or that write in place."""
+        wanted = set(self.outputs)
+        live = set()
+        for op in reversed(self.ops):
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in op.func._schema.arguments)
+            if writes or not wanted.isdisjoint(op.outputs):
+                live.add(op.index)
+                wanted.update(op.inputs)
+        return live
+
+    def draws_random_numbers(self) -> bool:
+        """True where two passes on the same inputs may differ."""
+        return any(torch.Tag.nondeterministic_seeded in op.func.tags for op in self.ops)
+
     def used_state(self) -> set[int]:
         """Ids of the parameters and buffers that some operation reads."""
         return {i for op in self.ops for i in op.inputs if self.tensors[i].kind in ("param", "buffer")}
@@ -120,6 +140,12 @@ class Recorder(TorchDispatchMode):
         self._ids[tensor] = index
         self._alive.append(tensor)  # an id must never be reused for another tensor
         return index
+
+    def let_go(self) -> list[weakref.ref[Tensor]]:
+        """Hold the recorded tensors no longer; weak references tell which of them somebody else holds."""
+        alive = [weakref.ref(t) for t in self._alive]
+        self._alive.clear()
+        return alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,9 +203,17 @@ def _module_stack(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever `forward` stores on modules (caches, weights made by hooks) is put back: fake tensors must not leak."""
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever `forward` stores on modules (caches, counters, weights made by hooks) is put back.
+
+    Containers in attributes get their former contents back as well: fake tensors must not leak into a user's cache.
+    """
     before = [(m, dict(vars(m))) for m in model.modules()]
+    contents: dict[int, tuple[Any, Any]] = {}
+    for _, attributes in before:
+        for name, value in attributes.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                _note_contents(value, contents)
     try:
         yield
     finally:
@@ -188,17 +222,45 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in set(now) - set(attributes):
                 del now[name]
             now.update(attributes)
+        for container, content in contents.values():
+            if type(container) is list:
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+
+
+def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:
+    """Shallow copies of dicts, lists and sets, and of those inside them."""
+    if depth and type(value) in (dict, list, set, OrderedDict, defaultdict) and id(value) not in contents:
+        contents[id(value)] = (value, copy.copy(value))
+        for item in list(value.values()) if isinstance(value, dict) else list(value):
+            _note_contents(item, contents, depth - 1)
+
+
+def _drop_cached_fakes(alive: list[weakref.ref[Tensor]]) -> None:
+    """Clear the user's `functools` caches where a fake tensor of the trace has got into one."""
+    if not any(isinstance(ref(), FakeTensor) for ref in alive):
+        return
+    gc.collect()
+    if not any(isinstance(ref(), FakeTensor) for ref in alive):
+        return
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper:
+            module = sys.modules.get(getattr(thing, "__module__", "") or "")
+            if not str(getattr(module, "__file__", "") or "").startswith(_LIBRARIES):
+                thing.cache_clear()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode while active; every module goes back into its own mode afterwards."""
-    with _mode(model, False):
+    with in_mode(model, False):
         yield
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module in train or eval mode, and each back into its own afterwards."""
     before = [(m, m.training) for m in model.modules()]
     for m, _ in before:
@@ -265,8 +327,8 @@ def record_partly(
     ]
     with (
         _module_stack(model) as stack,
-        _attributes_kept(model),
-        _mode(model, training),
+        attributes_kept(model),
+        in_mode(model, training),
         plain_attention(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
@@ -291,9 +353,12 @@ def record_partly(
             )
             failure.__cause__ = error
             return trace, failure
-    for leaf in tree_flatten(tensors_of(out))[0]:
-        if isinstance(leaf, Tensor):
-            trace.outputs.append(recorder.register(leaf, "constant"))
+        trace.outputs.extend(recorder.register(leaf, "constant") for leaf in tensors_of(out))
+    alive = recorder.let_go()
+    del out, state, args, kwargs
+    memo.clear()
+    named.clear()
+    _drop_cached_fakes(alive)
     return trace, None
 
 

@@ -66,8 +66,10 @@ def _first_difference(
     """
     new, error = record_partly(small, inputs, training=training)
     replaced = {n for n, m in small.named_modules() if isinstance(m, PrunedMultiheadAttention)}
-    before = [op for op in old.ops if _computes(op, replaced)]
-    after = [op for op in new.ops if _computes(op, replaced)]
+    before = _computing(old, replaced)
+    after = _computing(new, replaced) if error is None else [op for op in new.ops if _computes(op, replaced)]
+    if error is not None:
+        before = [op for op in old.ops if _computes(op, replaced)]
     for a, b in zip(before, after, strict=False):
         where = f"{b.func} in {b.module or 'the model'} ({b.where})"
         if a.func is not b.func or len(a.outputs) != len(b.outputs):
@@ -90,6 +92,11 @@ def _first_difference(
     return len(old.ops), None
 
 
+def _computing(trace: Trace, replaced: set[str]) -> list[Op]:
+    live = trace.live_ops()
+    return [op for op in trace.ops if op.index in live and _computes(op, replaced)]
+
+
 def _computes(op: Op, replaced: set[str]) -> bool:
     if any(op.module == name or op.module.startswith(f"{name}.") for name in replaced):
         return False
@@ -107,13 +114,12 @@ def _failed_at(before: list[Op], after: list[Op], old: Trace, new: Trace) -> int
 
 
 def _changed_scalar(a: Op, b: Op) -> Any:
-    """A number among the arguments that differs (shapes may; factors, scales and exponents may not)."""
+    """A number among the arguments that differs (sizes may; factors, scales and exponents may not)."""
     for argument in a.func._schema.arguments:
-        kind = str(argument.type)
-        if "number" in kind or "Scalar" in kind or "float" in kind:
-            x, y = a.args.get(argument.name), b.args.get(argument.name)
-            if isinstance(x, (int, float)) and x != y:
-                return y
+        x, y = a.args.get(argument.name), b.args.get(argument.name)
+        sized = str(argument.type) in ("int", "SymInt", "Optional[int]", "Optional[SymInt]")
+        if isinstance(x, (int, float)) and not sized and x != y:
+            return y
     return None
 
 
