@@ -1,13 +1,14 @@
 """Time and memory of analysing a network: what a user waits for before anything is pruned.
 
-Each row is a process of its own (peak resident memory, torch's import included and shown apart). `groups` is `channel_groups`, `measure`
-is `measure`, `attach` is `attach_gates`; each the first call in its process. Peers: Torch-Pruning building its dependency graph (and
-all its groups), on the networks that it can do.
+Each row is a process of its own (peak resident memory, torch's import included and shown apart). `groups` is
+`channel_groups`, `measure` is `measure`, `attach` is `attach_gates`; each the first call in its process. Peers:
+Torch-Pruning building its dependency graph (and all its groups), on the networks that it can do.
 
-Prediction, written before the first run: ResNet-50 0.5 s and ViT-B 1 s when the machine is free (a rehearsal on a busy one gave 0.55
-and 1.0 s for the cost model), the first call 1 to 2 s more for what torch imports lazily; Llama 70B: 80 layers of some 60 operations, labels
-of 28,672 x 80 hidden units and a vocabulary: 10 to 30 s, 1.5 GB. Torch-Pruning: 1 s for ResNet-50, slower than ours for ViT-B.
-Goals: under 2 s for ResNet-50 and ViT-B; under 60 s and 4 GB for the 70B Llama.
+Prediction, written before the first run: ResNet-50 0.5 s and ViT-B 1 s when the machine is free (a rehearsal on a
+busy one gave 0.55 and 1.0 s for the cost model), the first call 1 to 2 s more for what torch imports lazily; Llama
+70B: 80 layers of some 60 operations, labels of 28,672 x 80 hidden units and a vocabulary: 10 to 30 s, 1.5 GB. Torch-
+Pruning: 1 s for ResNet-50, slower than ours for ViT-B. Goals: under 2 s for ResNet-50 and ViT-B; under 60 s and 4 GB
+for the 70B Llama.
 
     PYTHONPATH=/path/with/transformers python benchmarks/analysis.py
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +102,21 @@ def one(name: str, task: str) -> dict[str, Any]:
     return out
 
 
+def report(name_of_file: str, results: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for key, r in results.items():
+        name, _, task = key.partition(": ")
+        if "error" in r:
+            rows.append([name, task, "failed", r["error"][:120], "", "", ""])
+            continue
+        again = f"{r['again_cpu_seconds']:.2f}" if "again_cpu_seconds" in r else ""
+        rows.append([name, task, f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", again, f"{r['peak_mib']:.0f}",
+                     f"{r['peak_mib'] - r['before_mib']:.0f}"])  # fmt: skip
+    head = ["network", "task", "wall, s", "processor, s", "second call, processor, s", "peak, MiB", "of that, analysis"]
+    title = "Analysis of a network, first call in its process (goals: < 2 s; Llama 70B on the meta device < 60 s, < 4 GB)\n\n"
+    write(name_of_file, results, title + table(head, rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_b16", "llama-80"])
@@ -119,19 +134,7 @@ def main() -> None:
         for task in args.tasks:
             key = f"{name}: {task}"
             results[key] = in_child(str(Path(__file__)), ["--one", name, task], timeout=args.timeout)
-            print(key, results[key], file=sys.stderr, flush=True)
-    rows = []
-    for key, r in results.items():
-        name, _, task = key.partition(": ")
-        if "error" in r:
-            rows.append([name, task, "failed", r["error"][:120], "", "", ""])
-            continue
-        again = f"{r['again_cpu_seconds']:.2f}" if "again_cpu_seconds" in r else ""
-        rows.append([name, task, f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", again, f"{r['peak_mib']:.0f}",
-                     f"{r['peak_mib'] - r['before_mib']:.0f}"])  # fmt: skip
-    head = ["network", "task", "wall, s", "processor, s", "second call, processor, s", "peak, MiB", "of that, analysis"]
-    title = "Analysis of a network, first call in its process (goals: < 2 s; Llama 70B on the meta device < 60 s, < 4 GB)\n\n"
-    write(args.name, results, title + table(head, rows))
+            report(args.name, results)  # after each, so that an interrupted run leaves what it has
 
 
 if __name__ == "__main__":

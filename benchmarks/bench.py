@@ -27,7 +27,11 @@ def circumstances(seed: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "seed": seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "prunewise": prunewise.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "prunewise": prunewise.__version__,
+        },
         "hardware": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),

@@ -1,12 +1,13 @@
 """Latency of the pruned network against its share of MACs: at half of the multiply-adds, how much of the time is left?
 
-Uniform one-shot L1 plans (the same share of every group) at half of the MACs, with `round_to` 1 and 8, batch 1 and 32; random weights
-where none are given: the time does not depend on the values.
+Uniform one-shot L1 plans (the same share of every group) at half of the MACs, with `round_to` 1 and 8, batch 1 and
+32; random weights where none are given: the time does not depend on the values.
 
-Prediction, written before the first run: uniform pruning to half of the MACs keeps about 71 % of the widths. Batch norm, ReLU and
-residual sums shrink with the width (0.71), convolutions with the MACs, and Python and dispatch (some 10 µs a call) not at all. At batch
-32 I expect 0.55 to 0.65 of the time; at batch 1 ResNet-56, whose 170 calls take 20 µs each, stays near 0.8, and ResNet-18 near 0.6;
-MobileNetV2, bound by memory, near 0.7. round_to=8 should gain 5 to 10 % where widths are small, as oneDNN pads them to 8 or 16.
+Prediction, written before the first run: uniform pruning to half of the MACs keeps about 71 % of the widths. Batch
+norm, ReLU and residual sums shrink with the width (0.71), convolutions with the MACs, and Python and dispatch (some
+10 µs a call) not at all. At batch 32 I expect 0.55 to 0.65 of the time; at batch 1 ResNet-56, whose 170 calls take 20
+µs each, stays near 0.8, and ResNet-18 near 0.6; MobileNetV2, bound by memory, near 0.7. round_to=8 should gain 5 to
+10 % where widths are small, as oneDNN pads them to 8 or 16.
 
     python benchmarks/latency.py [--models resnet56 resnet18 mobilenet_v2] [--threads 1]
 """
@@ -58,7 +59,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=15, help="for each model and batch size")
-    parser.add_argument("--threads", type=int, default=1, help="1 (default): processor time, which other jobs do not stretch")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1 (default): processor time, which other jobs do not stretch"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--name", default="latency")

@@ -131,7 +131,15 @@ class MobileNetV2(nn.Module):
         super().__init__()
         layers = _conv(3, 32, 3, 2)
         width_in = 32
-        for t, c, n, s in [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]:
+        for t, c, n, s in [
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ]:
             for i in range(n):
                 layers.append(InvertedResidual(width_in, c, s if i == 0 else 1, t))
                 width_in = c

@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="1 (default): processor time, which other jobs do not stretch")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1 (default): processor time, which other jobs do not stretch"
+    )
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--name", default="step_time")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,8 +90,15 @@ def main() -> None:
     ]  # fmt: skip
     head = ["step", "plain, ms", "this, ms", "ratio (median)", "95 % interval", "ratio of the fastest", "rounds"]
     clock = "processor time of one thread" if cpu_time else "wall time"
-    title = f"Training step of {args.model}, batch {args.batch}, {args.device}, {clock}: gated / plain (goal ≤ 1.03)\n\n"
-    write(args.name, {"batch": args.batch, "device": args.device, "clock": clock, **results}, title + table(head, rows), args.seed)
+    title = (
+        f"Training step of {args.model}, batch {args.batch}, {args.device}, {clock}: gated / plain (goal ≤ 1.03)\n\n"
+    )
+    write(
+        args.name,
+        {"batch": args.batch, "device": args.device, "clock": clock, **results},
+        title + table(head, rows),
+        args.seed,
+    )
 
 
 if __name__ == "__main__":

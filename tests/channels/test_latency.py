@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.zoo import ZOO
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,6 @@ from prunewise.channels import latency
 from prunewise.channels.latency import LatencyModel, measure_latency
 from prunewise.core.cost import CostModel
 from prunewise.core.surgery import Surgeon
-from tests.zoo import ZOO
 
 
 def time_is_macs(calls: Sequence[Callable[[], Any]], *_: Any, **__: Any) -> list[float]:
@@ -34,7 +34,7 @@ def time_is_macs(calls: Sequence[Callable[[], Any]], *_: Any, **__: Any) -> list
 
 @pytest.fixture
 def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_interleaved", time_is_macs)
+    monkeypatch.setattr(latency, "interleaved", time_is_macs)
 
 
 def network() -> tuple[nn.Module, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_every_kind_of_network_can_be_measured(name: str) -> None:
 def test_never_falls_as_a_width_grows(data: st.DataObject) -> None:
     _, _, costs, predicted = _noisy()
     widths = {g.name: data.draw(st.integers(1, g.size)) for g in costs.groups}
-    group = data.draw(st.sampled_from([g for g in costs.groups]))
+    group = data.draw(st.sampled_from(list(costs.groups)))
     more = {**widths, group.name: data.draw(st.integers(widths[group.name], group.size))}
     assert predicted(more) >= predicted(widths) - 1e-12
     if more != widths:
@@ -151,7 +151,9 @@ def test_milliseconds_and_fractions(ideal: None) -> None:
     assert plan.keep == pw.plan_channels(model, x, budget=pw.Budget(latency_ms=0.5, latency_model=predicted)).keep
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, -0.5, True, float("nan"), float("inf"), "fast", "0 ms", "-1ms", "3 s", [1]])
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -1, -0.5, True, float("nan"), float("inf"), "fast", "0 ms", "-1ms", "3 s", [1]]
+)
 def test_what_is_no_latency(value: Any) -> None:
     with pytest.raises(pw.BudgetError, match="latency_ms"):
         pw.Budget(latency_ms=value)
@@ -176,7 +178,7 @@ def test_meta_device() -> None:
 
 
 def test_as_data(ideal: None, tmp_path: Path) -> None:
-    model, x, costs, predicted = modelled()
+    _model, _x, _costs, predicted = modelled()
     predicted.save(tmp_path / "latency.json")
     again = LatencyModel.load(tmp_path / "latency.json")
     assert again.to_dict() == predicted.to_dict()
@@ -225,7 +227,7 @@ def test_measured_for_real() -> None:
     model[0].train()
     costs = CostModel.of(model, x)
     predicted = LatencyModel.of(costs, model, x, "cpu", seconds=0.5)
-    assert 0 < predicted({name: 1 for name in costs.widths}) < predicted({}) == pytest.approx(predicted.full_ms)
+    assert 0 < predicted(dict.fromkeys(costs.widths, 1)) < predicted({}) == pytest.approx(predicted.full_ms)
     assert 0 < measure_latency(model, x, seconds=0) < 1e4
     assert model[0].training and not model[1].training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune  # noqa: F401  (torch.nn.utils.prune is not imported by torch)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prunewise.channels.choose import Limits, Scores, choose_units
+from prunewise.channels.importance import in_order_of
 from prunewise.core.errors import NonFiniteError
 
 Keep = dict[str, tuple[int, ...]]
@@ -66,7 +67,7 @@ class GateControl:
     ) -> None:
         self.ranking = ranking
         self.limits = limits
-        self.full = limits.costs({}).as_dict()
+        self.full = limits.totals({})
         self.total_steps = total_steps
         self.schedule = schedule
         self.step = 0
@@ -127,8 +128,7 @@ class GateControl:
                 # What a closed gate sees is no measure of the layer's need: only the open ones' masses are
                 # handed out.
                 units = np.array(self.keep[group.name])
-                order = units[np.argsort(ranks[group.name][units], kind="stable")]
-                values[order] = np.sort(values[units])
+                values[units] = in_order_of(values[units], ranks[group.name][units])
             worth[group.name] = values
         return choose_units(worth, self.limits, slack, self.keep)
 

@@ -48,7 +48,7 @@ class DescentControl(GateControl):
             return
         rms = torch.cat(self._mass).mean().div(self._weight.clamp(min=1e-12)).sqrt().clamp(min=1e-20)
         widths = {name: len(kept) for name, kept in self.keep.items()}
-        now, target = self.limits.costs(widths).as_dict(), self.target()
+        now, target = self.limits.totals(widths), self.target()
         excess = sum(max(0.0, now[kind] / limit - 1) for kind, limit in target.items())
         share = self.limits.marginal(widths)
         typical = float(np.sqrt(np.mean([v**2 for v in share.values()])))

@@ -135,6 +135,29 @@ def taylor(
     return {name: value / batches for name, value in scores.items()}
 
 
+def hybrid(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    *,
+    data: Iterable[Any],
+    loss: Callable[..., Tensor] | None = None,
+) -> dict[str, Scores]:
+    """Taylor masses, handed to the units of each group in the order of their magnitude.
+
+    Gradients tell better how many units a layer needs, magnitudes which ones (measured in benchmarks/).
+    Arguments and errors as for `taylor`.
+    """
+    masses, ranks = taylor(model, groups, data=data, loss=loss), magnitude(model, groups)
+    return {name: in_order_of(values, ranks[name]) for name, values in masses.items()}
+
+
+def in_order_of(masses: Scores, ranks: Scores) -> Scores:
+    """`masses` handed to units in the order of `ranks`: the highest mass to the unit of the highest rank."""
+    result = np.empty(len(masses))
+    result[np.argsort(ranks, kind="stable")] = np.sort(masses)
+    return result
+
+
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """The default loss: cross-entropy of `model(inputs)` for a batch (inputs, targets)."""
     inputs, targets = batch[0], batch[1]

@@ -46,12 +46,13 @@ def plan_channels(
         model: the network; not changed.
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
         budget: what the small network may cost.
-        importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "random" (uses `seed`),
-            or a callable from (model, groups) to {group name: scores of shape (units,), higher = keep}.
+        importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "hybrid" (needs `data`:
+            how many units a group keeps by their Taylor masses, which ones by their magnitude, as the gates do),
+            "random" (uses `seed`), or a callable from (model, groups) to {group name: scores of shape (units,), higher = keep}.
         allocation: "uniform" keeps the same share of every group and ranks within groups; "global" ranks all units by
-            importance per cost. Default: "global" for "taylor" (its scores are comparable between layers),
+            importance per cost. Default: "global" for "taylor" and "hybrid" (their scores are comparable between layers),
             else "uniform".
-        data, loss: batches and loss for "taylor"; see `importance.taylor`.
+        data, loss: batches and loss for "taylor" and "hybrid"; see `importance.taylor`.
         include, exclude: names, shell patterns or a callable that select groups.
         min_keep: no group keeps fewer units.
         round_to: kept widths are multiples of this (or the full width).
@@ -77,7 +78,7 @@ def plan_channels(
     limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)
     scores = _score(model, limits.groups, importance, data, loss, seed)
     if allocation is None:
-        allocation = "global" if importance == "taylor" else "uniform"
+        allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
     if allocation == "uniform":
         worth = {name: rank_share(values) for name, values in scores.items()}
     elif allocation == "global":
@@ -159,7 +160,8 @@ def _score(
         "magnitude": imp.magnitude,
         "bn_scale": imp.bn_scale,
         "random": partial(imp.random, seed=seed),
-        "taylor": partial(imp.taylor, data=data or (), loss=loss),
+        "taylor": partial(imp.taylor, data=() if data is None else data, loss=loss),
+        "hybrid": partial(imp.hybrid, data=() if data is None else data, loss=loss),
     }
     if callable(importance):
         scores = importance(model, groups)
@@ -172,5 +174,7 @@ def _score(
         if values is None or np.shape(values) != (group.size,):
             raise PlanError(f"importance of {group.name!r}: expected one score for each of its {group.size} units")
         if not np.isfinite(values).all():
-            raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the weights (NaN?) or the loss")
+            raise NonFiniteError(
+                f"the importance of {group.name!r} is not finite: look at the weights (NaN?) or the loss"
+            )
     return scores

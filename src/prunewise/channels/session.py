@@ -96,7 +96,7 @@ def attach_gates(
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
     surgeon = Surgeon.of(model, example_inputs)
-    limits = limits_for(model, surgeon.costs, budget, include, exclude, min_keep, round_to)
+    limits = limits_for(model, surgeon.costs, budget, include, exclude, min_keep, round_to, example_inputs)
     require_unshared(model)
     device = next(model.parameters()).device
     gates = Gates([g.size for g in limits.groups], device, shaping, initial)
@@ -132,6 +132,7 @@ class GateSession:
         self._owners: list[tuple[nn.Module, str]] = []
         self._fingerprint = fingerprint(model)
         self._costs = surgeon.costs  # of the original: plans are always plans for it
+        self._limits = control.limits  # of the original, as well
         self._original: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
         self._shrink_every = shrink_every
         self._weights: dict[str, Tensor] = {}
@@ -158,7 +159,7 @@ class GateSession:
         through the optimizer, so its value informs (0 once the budget is met).
         """
         target = self.control.target() if not self.control.frozen else dict(self.control.limits.absolute)
-        now = self.cost().as_dict()
+        now = self.control.limits.totals({name: len(kept) for name, kept in self.control.keep.items()})
         full = self.control.full
         excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
         return self._gates.values[0].new_tensor(excess)
@@ -247,7 +248,8 @@ class GateSession:
                 groups.append(found[group.name])
         if not groups:
             raise PlanError("no group has more than one unit left")
-        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to)
+        latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
+        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency)
 
     def cost(self) -> Cost:
         """What the network costs as gated now."""
@@ -330,7 +332,8 @@ class GateSession:
             for name, units in self._original.items()
         }
         inputs = self._surgeon.example_inputs
-        return make_plan(self._fingerprint, self._costs, keep, {"importance": "gates"}, inputs)
+        notes = {"importance": "gates", **self._limits.notes(keep)}
+        return make_plan(self._fingerprint, self._costs, keep, notes, inputs)
 
     def _magnitudes(self) -> dict[str, Scores]:
         """L1 of the filters of every unit, as the weights are now."""

@@ -207,8 +207,9 @@ class CostModel:
         classes = self.grouping.classes(table)
         if (classes == classes[:, :1]).all():
             rows = classes[:, 0]
-            groups = np.where(rows >= 0, self.grouping.group_of[rows], -1)
-            groups = np.where(groups >= 0, self._column_of_group[groups], -1)
+            groups = np.full(len(rows), -1)
+            groups[rows >= 0] = self.grouping.group_of[rows[rows >= 0]]
+            groups[groups >= 0] = self._column_of_group[groups[groups >= 0]]
             unique, counts = np.unique(groups, return_counts=True)
             found = dict(zip(unique.tolist(), counts.tolist(), strict=True))
             constant = found.pop(-1, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import nn
 
 from prunewise.core.errors import PlanError
-from prunewise.core.labels import LabelArray
+from prunewise.core.labels import LabelArray, Layout
 from prunewise.core.rules.contract import KERNEL
 from prunewise.core.structure import Structure, analyse
 from prunewise.core.trace import Inputs
@@ -71,6 +71,23 @@ class Grouping:
         if not len(self.roots):
             return np.full(roots.shape, -1, dtype=np.int64)
         return np.where(self.roots[at] == roots, at, -1)
+
+    def kept(self, layout: Layout, dim: int, keep: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_] | None:
+        """Which indices of a dimension stay under `keep`; None where all do."""
+        block = layout.block_at(dim)
+        if block is None:
+            return None
+        table = np.moveaxis(block.labels, block.dims.index(dim), 0)
+        classes = self.classes(table.reshape(len(table), -1))
+        if not (classes == classes[:, :1]).all():  # joint labels that go along another dimension
+            return None
+        alive = np.ones(len(self.roots) + 1, dtype=bool)  # the last entry: labels of no class (-1)
+        for group in self.groups:
+            if group.name in keep:
+                alive[group.class_ids] = False
+                alive[group.class_ids[list(keep[group.name])]] = True
+        mask: npt.NDArray[np.bool_] = alive[classes[:, 0]]
+        return None if mask.all() else mask
 
 
 def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGroup]:

@@ -51,7 +51,7 @@ class Surgeon:
         slice_state(small, slices)
         widths = {name: len(kept) for name, kept in keep.items()}
         _set_widths(small, self.costs, widths)
-        problem = fit_attributes(small, self.example_inputs, self.costs, widths)
+        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
         if problem is None:
             return small
         warnings.warn(

@@ -7,10 +7,10 @@ the dispatcher are recorded, with the parameter names, the module that called, a
 
 from __future__ import annotations
 
-import logging
 import copy
 import functools
 import gc
+import logging
 import sys
 import sysconfig
 import weakref
@@ -273,6 +273,18 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the stack that torch logs for every operation that fails on fake tensors: ours are expected."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def plain_attention() -> Iterator[None]:
     """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -330,6 +342,7 @@ def record_partly(
         attributes_kept(model),
         in_mode(model, training),
         plain_attention(),
+        _quiet(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):

@@ -21,10 +21,14 @@ _MAX_TRIALS = 200
 Sizes = dict[int, set[int]]  # old size -> new sizes it may stand for
 
 
-def fit_attributes(small: nn.Module, example_inputs: Inputs, costs: CostModel, widths: Mapping[str, int]) -> str | None:
+def fit_attributes(
+    small: nn.Module, example_inputs: Inputs, costs: CostModel, keep: Mapping[str, tuple[int, ...]]
+) -> str | None:
     """Set width attributes until the pruned copy does what is predicted; None, or what still differs."""
+    widths = {name: len(kept) for name, kept in keep.items()}
     for number, each in enumerate(costs.grouping.structure.passes):
         problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1)
+        problem = problem or _moved_slice(small, example_inputs, costs, keep, each, training=number == 1)
         if problem is not None:
             return problem
     return None
@@ -53,6 +57,31 @@ def _fit_pass(
                 return problem
         else:
             return problem
+    return None
+
+
+def _moved_slice(
+    small: nn.Module,
+    inputs: Inputs,
+    costs: CostModel,
+    keep: Mapping[str, tuple[int, ...]],
+    each: Pass,
+    training: bool,
+) -> str | None:
+    """A slice or pick of channels whose position should have moved with the removed ones, and did not."""
+    new, _ = record_partly(small, inputs, training=training)
+    if [op.func for op in new.ops] != [op.func for op in each.trace.ops]:
+        return None  # the numbers decide
+    for a, b in zip(each.trace.ops, new.ops, strict=True):
+        if a.name not in ("slice", "select", "narrow") or a.args["self"].id not in each.layouts:
+            continue
+        layout = each.layouts[a.args["self"].id]
+        dim = int(a.args["dim"]) % len(layout.shape)
+        mask = costs.grouping.kept(layout, dim, keep)
+        start = "index" if a.name == "select" else "start"
+        old, now = (int(op.args.get(start) or 0) for op in (a, b))
+        if mask is not None and int(mask[: old % len(mask)].sum()) != now % max(1, int(mask.sum())):
+            return f"{b.func} in {b.module or 'the model'} ({b.where}) picks channels by a position in the code"
     return None
 
 
