@@ -85,7 +85,7 @@ class OneShot(Method):
     def start(self) -> None:
         job = self.job
         options: dict[str, Any] = {"importance": self.importance, "allocation": self.allocation, "seed": job.seed}
-        if self.importance == "taylor":
+        if self.importance in ("taylor", "hybrid"):
             options["data"] = list(islice(job.images.augmented(64, job.seed, 0), 32))
         budget = pw.Budget(macs=job.budget)
         self._cut(pw.plan_channels(job.model, job.example, budget=budget, include=job.include, **options))
@@ -103,6 +103,10 @@ class OneShot(Method):
 
 class TaylorGlobal(OneShot):
     importance, allocation = "taylor", "global"
+
+
+class HybridGlobal(OneShot):
+    importance, allocation = "hybrid", "global"
 
 
 class RandomUniform(OneShot):
@@ -268,6 +272,7 @@ METHODS: dict[str, type[Method]] = {
     "gates_descent": DescendedGates,
     "l1_uniform": OneShot,
     "taylor_global": TaylorGlobal,
+    "hybrid_global": HybridGlobal,
     "random_uniform": RandomUniform,
     "tp_magnitude": TPMagnitude,
     "tp_magnitude_global": TPMagnitudeGlobal,
