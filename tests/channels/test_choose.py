@@ -44,7 +44,7 @@ def cases(draw: Any) -> tuple[dict[str, np.ndarray], Limits]:
 
 
 @given(cases())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_never_over_and_nothing_left_out_that_fits(case: tuple[dict[str, np.ndarray], Limits]) -> None:
     worth, limits = case
     keep = choose_units(worth, limits)

@@ -80,15 +80,16 @@ class Limits:
 
     def marginal(self, widths: Mapping[str, int]) -> dict[str, float]:
         """What one more unit of each group costs, as a share of the limits (summed over those that are exceeded)."""
-        kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
-        kept.requires_grad_(True)
-        total = torch.zeros((), dtype=torch.float64)
-        values = {kind: self.tensor(kind, kept) for kind in self.absolute}
-        over = {k: max(0.0, float(v.detach()) / self.absolute[k] - 1) for k, v in values.items()}
-        for kind, value in values.items():
-            weight = over[kind] if any(over.values()) else 1.0
-            total = total + weight * value / self.absolute[kind]
-        (gradient,) = torch.autograd.grad(total, kept)
+        with torch.inference_mode(False), torch.enable_grad():  # callers may have switched gradients off
+            kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
+            kept.requires_grad_(True)
+            total = torch.zeros((), dtype=torch.float64)
+            values = {kind: self.tensor(kind, kept) for kind in self.absolute}
+            over = {k: max(0.0, float(v.detach()) / self.absolute[k] - 1) for k, v in values.items()}
+            for kind, value in values.items():
+                weight = over[kind] if any(over.values()) else 1.0
+                total = total + weight * value / self.absolute[kind]
+            (gradient,) = torch.autograd.grad(total, kept)
         share = dict(zip((g.name for g in self.costs.groups), gradient.tolist(), strict=True))
         return {g.name: max(share[g.name], 1e-30) for g in self.groups}
 
@@ -146,10 +147,13 @@ def choose_units(
         else:
             low = middle + 1
     kept = widths(low)
+    stuck: set[str] = set()  # the blocks of a group differ in size: past one that does not fit, widths would be uneven
     for _, name, size in reversed(blocks[:low]):
         trial = {**kept, name: kept[name] + size}
-        if limits.met(trial, slack):
+        if name not in stuck and limits.met(trial, slack):
             kept = trial
+        else:
+            stuck.add(name)
     return {name: tuple(sorted(order[len(order) - kept[name] :].tolist())) for name, order in ranked.items()}
 
 

@@ -136,23 +136,16 @@ def find_groups(structure: Structure) -> Grouping:
     for slot, (_, _, labels) in enumerate(slots):
         ids = inverse[start : start + len(labels)]
         start += len(labels)
-        unique, counts = np.unique(ids, return_counts=True)
-        signature[unique] += rng.integers(1, 2**63, dtype=np.uint64) * counts.astype(np.uint64)
-        first_slot[unique] = np.minimum(first_slot[unique], slot)
-    seen: set[tuple[int, bytes]] = set()
+        np.add.at(signature, ids, rng.integers(1, 2**63, dtype=np.uint64))
+        first_slot[ids[first_slot[ids] == len(slots)]] = slot
+    seen: set[int] = set()  # operations pass labels on: the same array is the label of many tensors
     for each in structure.passes:
         for layout in each.layouts.values():
             for block in layout.blocks:
-                key = (
-                    block.labels.shape[0],
-                    block.labels.tobytes() if block.labels.size < 4096 else id(block).to_bytes(8),
-                )
-                if key in seen:
-                    continue
-                seen.add(key)
-                ids = grouping.classes(block.labels.reshape(-1))
-                unique, counts = np.unique(ids[ids >= 0], return_counts=True)
-                signature[unique] += rng.integers(1, 2**63, dtype=np.uint64) * counts.astype(np.uint64)
+                if id(block.labels) not in seen:
+                    seen.add(id(block.labels))
+                    ids = grouping.classes(block.labels.reshape(-1))
+                    np.add.at(signature, ids[ids >= 0], rng.integers(1, 2**63, dtype=np.uint64))
     signature[reason_of >= 0] ^= rng.integers(1, 2**63, dtype=np.uint64)
     order = np.lexsort((np.arange(n), signature, first_slot))
     sites = {d.site for d in flow.demands if d.site is not None}

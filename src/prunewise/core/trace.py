@@ -352,9 +352,9 @@ def record_partly(
             state[name] = to_fake(tensor)
             trace.state[name] = recorder.register(state[name], kind, name)
         args, kwargs = tree_map(to_fake, (args, kwargs))
-        for leaf in tree_flatten((args, kwargs))[0]:
-            if isinstance(leaf, Tensor):
-                recorder.register(leaf, "input")
+        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        while given:  # no name may hold a fake tensor after the trace
+            recorder.register(given.pop(0), "input")
         try:
             with fake, recorder:
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
