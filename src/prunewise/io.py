@@ -176,8 +176,8 @@ def _rebuilt(
     attempts = [(cast, example_inputs), (cast, _as_dtype(example_inputs, dtype)), (model, example_inputs)]
     for number, (candidate, inputs) in enumerate(attempts):
         try:
-            surgeon = Surgeon.of(candidate, inputs)
-            plan.check(candidate, surgeon.grouping.groups)
+            surgeon = Surgeon.of(candidate, inputs, blocks=plan.drops_blocks)
+            plan.check(candidate, surgeon.grouping.groups, surgeon.grouping.branches)
             return _cast(surgeon.cut(candidate, plan.keep), wanted)
         except PrunewiseError as error:
             if isinstance(error, TraceError) and number + 1 < len(attempts):

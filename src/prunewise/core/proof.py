@@ -46,7 +46,7 @@ def _difference(
     example_inputs: Inputs,
     training: bool,
 ) -> float:
-    with masked(model, grouping.groups, keep):
+    with masked(model, grouping.groups, keep, grouping.branches):
         want = _outputs(model, example_inputs, training)
     got = _outputs(small, example_inputs, training)
     if len(want) != len(got):
