@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -276,17 +277,22 @@ class _Values:
 
     def slice_of(self, y: int) -> frozenset[int]:
         """The operations whose results flow into `y` only (and what is computed for nothing on the way)."""
-        inside = {self.producer[y]}
-        for index in reversed(range(self.producer[y])):
-            used = False
+        inside: set[int] = set()
+        queue = [-self.producer[y]]  # the latest operation first: all that reads its results has been seen by then
+        seen = set(queue)
+        while queue:
+            index = -heappop(queue)
             for value in self.makes[index]:
                 readers = self.consumers[value]
-                if value in self.results or not all(r in inside or r in self.dead for r in readers):
+                if value != y and (value in self.results or any(r not in inside and r not in self.dead for r in readers)):
                     break
-                used = used or any(r in inside for r in readers)
             else:
-                if used:
-                    inside.add(index)
+                inside.add(index)
+                for value in self.reads[index]:
+                    key = -self.producer[value]
+                    if self.producer[value] >= 0 and key not in seen:
+                        seen.add(key)
+                        heappush(queue, key)
         return frozenset(inside)
 
     def cone(self, value: int) -> set[int]:
@@ -359,7 +365,8 @@ def _zeroing(op: Op) -> list[list[Any]]:
     if name in _NORMS:
         weight, bias = a.get("weight"), [a["bias"]] if a.get("bias") is not None else []
         own = [[weight, *bias]] if weight is not None else []
-        return own if "batch_norm" in name else [*own, [a["input"], *bias]]
+        by_batch = "batch_norm" in name and not a.get("training")  # in eval mode: instance norm is the other kind
+        return own if by_batch else [*own, [a["input"], *bias]]
     if name.startswith("_scaled_dot_product") or name == "scaled_dot_product_attention":
         return [[a["value"]]]
     if name in ("_weight_norm_interface", "_weight_norm"):
@@ -479,7 +486,7 @@ def _sums(values: _Values) -> Iterator[tuple[Op, int, int]]:
             if y == a and op.name == "sub":
                 continue
             info = values.info(y)
-            if a == b or values.producer[y] < 0 or values.producer[skip] < 0 and values.is_state(skip):
+            if a == b or values.producer[y] < 0 or (values.producer[skip] < 0 and values.is_state(skip)):
                 continue
             if info.shape != out.shape or values.info(skip).shape != out.shape or info.dtype != out.dtype:
                 continue
@@ -544,10 +551,6 @@ class _Finder:
                 if tensor is not None:
                     name = first.setdefault(id(tensor), f"{path}.{leaf}" if path else leaf)
                     self.holders.setdefault(name, []).append(path)
-        self.aliases: dict[str, list[str]] = {}  # first path of a module -> all its paths
-        firsts: dict[int, str] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.aliases.setdefault(firsts.setdefault(id(module), path), []).append(path)
 
     def branch(self, op: Op, skip: int, y: int) -> Branch | None:
         """The branch of one addition; None where it is no residual branch with layers in it."""
@@ -555,8 +558,10 @@ class _Finder:
         inside = values.slice_of(y)
         entries = {v for i in inside for v in values.reads[i] if values.producer[v] not in inside}
         entries = {v for v in entries if not values.is_state(v)}
+        if not any(_weighs(self.trace.ops[i], values) for i in inside):
+            return None
         from_ = entries & values.cone(skip)
-        if not from_ or not any(_weighs(self.trace.ops[i], values) for i in inside):
+        if not from_:
             return None
         stubs = [p for p in self.paths if self.view.whole(p, inside)]
         stubs = [p for p in stubs if not any(p.startswith(f"{q}.") for q in stubs)]
@@ -594,8 +599,9 @@ class _Finder:
         stays = sorted(inside - gone_ops)
         read = {values.info(v).name for i in stays for v in values.reads[i] if values.is_state(v)}
         groups = [g for g in self.grouping.groups if g.prunable and all(m.name in gone for m in g.members)]
+        own = self._reading_groups(inside)
         for group in self.grouping.groups:
-            if group.prunable and any(m.name in read for m in group.members) and group.name in self._reading_groups(inside):
+            if group.name in own and any(m.name in read for m in group.members):
                 raise _Refused(f"{group.name!r} is read by code outside its modules")
         cuts = tuple(g.name for g in groups if self._is_cut(g, inside, y))
         if not cuts:
@@ -625,7 +631,7 @@ class _Finder:
         # Value -> whether it is zero, for all that has the shape of the entry when the branch is dropped.
         zero = {v: False for v in from_ if values.info(v).shape == like.shape and values.info(v).dtype == like.dtype}
         stubs: dict[str, Stub] = {}
-        carried, fresh = set(), 0
+        carried: set[int] = set()
         done: set[int] = set()
         for index in sorted(inside):
             call = owner.get(index)
@@ -657,12 +663,11 @@ class _Finder:
                 if (before.argument, before.output) != (stub.argument, stub.output):
                     raise _Refused(f"{call.path} is called in two ways")
                 stubs[call.path] = replace(stub, zeros=stub.zeros or before.zeros)
-                fresh += makes_zeros
         if not zero.get(y, False):
             raise _Refused("after its last module it does not stay zero")
-        several = [c.path for c in calls]
-        if len(set(several)) != len(several) and fresh != len([s for s in stubs.values() if s.zeros]):
-            raise _Refused("a module in it runs more than once")
+        fresh = sum(stubs[c.path].zeros for c in calls if id(c) in done)
+        for path in paths:  # called from within another one, but held elsewhere as well
+            stubs.setdefault(path, Stub(path, 0, _Leaf("carried"), True))
         return list(stubs.values()), frozenset(owner), frozenset(carried), fresh
 
     def _output(
