@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import prunewise as pw
 from prunewise.channels.oneshot import make_plan
-from prunewise.core.blocks import Branch, Dropped
+from prunewise.core.branches import Branch, Dropped
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon

@@ -12,7 +12,7 @@ import torch
 
 from prunewise.channels.dropping import block_worth
 from prunewise.channels.latency import LatencyModel
-from prunewise.core.blocks import Branch
+from prunewise.core.branches import Branch
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import NonFiniteError
 from prunewise.core.groups import ChannelGroup

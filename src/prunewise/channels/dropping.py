@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prunewise.core.blocks import Branch
+from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 
@@ -22,7 +22,9 @@ def droppable(branches: Sequence[Branch], groups: Sequence[ChannelGroup], min_ke
         PlanError: `min_keep` asks for more than one unit of every group.
     """
     if min_keep > 1:
-        raise PlanError(f"drop_blocks=True leaves nothing of a block, min_keep={min_keep} forbids that: give one of them")
+        raise PlanError(
+            f"drop_blocks=True leaves nothing of a block, min_keep={min_keep} forbids that: give one of them"
+        )
     chosen = {g.name for g in groups}
     return tuple(b for b in branches if not b.reason and chosen.issuperset(b.groups))
 

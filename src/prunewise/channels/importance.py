@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise.core.blocks import Branch
+from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 from prunewise.core.trace import as_call

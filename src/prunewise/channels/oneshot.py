@@ -82,7 +82,9 @@ def plan_channels(
     if allocation is None:
         allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
     if drop_blocks and allocation == "uniform":
-        raise PlanError("drop_blocks=True needs allocation='global' (as importance='taylor' has it): 'uniform' keeps all")
+        raise PlanError(
+            "drop_blocks=True needs allocation='global' (as importance='taylor' has it): 'uniform' keeps all"
+        )
     costs = CostModel.of(model, example_inputs)
     if drop_blocks:
         costs = CostModel(with_branches(costs.grouping, model, example_inputs))
@@ -135,7 +137,9 @@ def limits_for(
         latency = LatencyModel.of(costs, model, example_inputs, budget.device)
     branches = droppable(costs.grouping.branches, groups, min_keep) if drop_blocks else ()
     if branches and latency is not None:
-        raise PlanError("drop_blocks=True does not go with a latency budget: what a dropped block saves is not measured")
+        raise PlanError(
+            "drop_blocks=True does not go with a latency budget: what a dropped block saves is not measured"
+        )
     limits = Limits(costs, tuple(groups), {}, min_keep, round_to, latency, branches)
     absolute = budget.check_reachable(costs, groups, limits.floors, latency)
     return replace(limits, absolute=absolute)

@@ -19,7 +19,7 @@ from prunewise.channels.dropping import droppable
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan
-from prunewise.core.blocks import check_keep
+from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import Choice
@@ -266,9 +266,7 @@ class GateSession:
         latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
         names = {b.name for b in old.branches}
         branches = [b for b in droppable(surgeon.grouping.branches, groups, old.min_keep) if b.name in names]
-        return Limits(
-            surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches)
-        )
+        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches))
 
     def cost(self) -> Cost:
         """What the network costs as gated now."""

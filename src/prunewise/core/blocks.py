@@ -9,381 +9,26 @@ A branch is offered only if a channel group in it is a *cut*: with all its units
 depends on nothing. Whatever cannot be followed is refused with a reason, and its groups keep a unit.
 """
 
-from __future__ import annotations
-
-import copy
 import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from prunewise.core.branches import Branch, Leaf, Stub, swapped
 from prunewise.core.cost import multiply_adds, writes
-from prunewise.core.errors import PlanError, TraceError, VerificationError
+from prunewise.core.errors import TraceError
 from prunewise.core.groups import ChannelGroup, Grouping
 from prunewise.core.trace import Inputs, Op, Recorder, Ref, Trace, record_partly
-
-Keep = Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Stub:
-    """What stands in the place of one module: `argument` names the tensor it hands on, as zeros or as it is."""
-
-    path: str
-    argument: int | str
-    output: Any  # nest of tuples, lists and dicts of _Leaf
-    zeros: bool
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """One value in a module's output: the carried tensor, another argument, or a plain constant."""
-
-    kind: str  # "carried" "argument" "constant"
-    value: Any = None
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A residual branch `y` of `x + y`.
-
-    Attributes:
-        name: path of the modules in it; unique in the model.
-        where: file:line of the addition.
-        reason: why it cannot be dropped; "" where it can.
-        cuts: names of the groups each of which turns the branch off when all its units are closed.
-        groups: names of all prunable groups that go with the branch.
-        parameters: the parameters that the branch gate multiplies.
-        stubs: what stands in the place of the modules.
-        gone: parameters and buffers that go with the branch.
-    """
-
-    name: str
-    where: str
-    reason: str = ""
-    cuts: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-    stubs: tuple[Stub, ...] = ()
-    gone: frozenset[str] = field(default=frozenset(), repr=False)
-    inside: frozenset[int] = field(default=frozenset(), repr=False)  # operations of the branch, in eval mode
-    gone_ops: frozenset[int] = field(default=frozenset(), repr=False)
-    carried: frozenset[int] = field(default=frozenset(), repr=False)  # operations that stay, on zeros
-    entry: int = -1  # the tensor that the zeros are like
-    fresh: int = 0  # how many tensors of zeros are made
-
-    def dropped(self, keep: Keep) -> bool:
-        """True where `keep` leaves nothing of the branch."""
-        return bool(self.groups) and all(len(keep.get(name, (0,))) == 0 for name in self.groups)
-
-
-class Dropped(nn.Module):
-    """Stands where a module of a dropped branch stood: hands on its argument, or zeros like it."""
-
-    def __init__(self, stub: Stub, original: nn.Module | None = None) -> None:
-        super().__init__()
-        for name, value in vars(original).items() if original is not None else ():
-            if not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None))):
-                setattr(self, name, value)  # code around it may ask (`batch_first`, `eps`, `stride`)
-        if isinstance(original, nn.MultiheadAttention):
-            self.in_proj_bias, self._qkv_same_embed_dim = None, False  # no fused path for the layer around it
-        self._stub = stub
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros (or the argument itself), in a nest built like the original's output."""
-        at = self._stub.argument
-        x = args[at] if isinstance(at, int) else kwargs[at]
-        return _filled(self._stub.output, torch.zeros_like(x) if self._stub.zeros else x, args, kwargs)
-
-    def extra_repr(self) -> str:
-        """What it hands on."""
-        return "zeros" if self._stub.zeros else "its argument"
-
-
-def _filled(nest: Any, carried: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(nest, _Leaf):
-        if nest.kind == "carried":
-            return carried
-        if nest.kind == "argument":
-            return args[nest.value] if isinstance(nest.value, int) else kwargs[nest.value]
-        return nest.value
-    if isinstance(nest, dict):
-        return {k: _filled(v, carried, args, kwargs) for k, v in nest.items()}
-    return type(nest)(_filled(v, carried, args, kwargs) for v in nest)
-
-
-# -- what others ask ----------------------------------------------------------------------------------------------
+from prunewise.core.values import Values, zeroing
 
 
 def with_branches(grouping: Grouping, model: nn.Module, example_inputs: Inputs) -> Grouping:
     """`grouping` with the residual branches of `model`, which it was made from."""
     return replace(grouping, branches=tuple(find_branches(grouping, model, example_inputs)))
-
-
-def check_keep(keep: Keep, branches: Iterable[Branch]) -> None:
-    """Raise `PlanError` where a group keeps nothing and no branch goes with it."""
-    empty = {name for name, kept in keep.items() if not len(kept)}
-    covered: set[str] = set()
-    for branch in branches:
-        if not branch.reason and branch.dropped(keep):
-            covered.update(branch.groups)
-    left = sorted(empty - covered)
-    if not left:
-        return
-    for branch in branches:
-        if left[0] in branch.groups:
-            if branch.reason:
-                raise PlanError(f"group {left[0]!r}: nothing is kept, but its block cannot be dropped: {branch.reason}")
-            rest = [g for g in branch.groups if g not in empty]
-            raise PlanError(
-                f"group {left[0]!r}: nothing is kept, so the whole block {branch.name!r} has to go: keep nothing of "
-                f"{', '.join(map(repr, rest))} either, or at least one unit"
-            )
-    raise PlanError(f"group {left[0]!r}: nothing is kept; at least one unit must stay, for it is in no residual block")
-
-
-def drop(model: nn.Module, branches: Sequence[Branch]) -> None:
-    """Put `Dropped` in the places of the modules of these branches, in place. Outer branches go before inner ones."""
-    with _swapped(model, branches, keep=True):
-        pass
-
-
-def translate(old: Grouping, new: Grouping, keep: Keep) -> dict[str, tuple[int, ...]]:
-    """What to keep of the groups of a model with branches dropped, so that the same entries of tensors stay.
-
-    Raises:
-        VerificationError: a unit would lose a part of itself only.
-    """
-    gone: dict[tuple[str, int], set[int]] = {}
-    for group in old.groups:
-        if group.name in keep:
-            removed = sorted(set(range(group.size)) - set(keep[group.name]))
-            for member in group.members:
-                gone.setdefault((member.name, member.dim), set()).update(member.indices[removed].reshape(-1).tolist())
-    result: dict[str, tuple[int, ...]] = {}
-    for group in new.groups:
-        kept = []
-        for unit in range(group.size):
-            lost = [
-                i in gone.get((m.name, m.dim), ()) for m in group.members for i in m.indices[unit].tolist()
-            ]
-            if not any(lost):
-                kept.append(unit)
-            elif not all(lost) or not group.prunable:
-                raise VerificationError(
-                    f"with blocks dropped, unit {unit} of {group.name!r} is no longer what it was: "
-                    f"{group.reason or 'its parts are tied to one another no more'}. Keep one of the blocks"
-                )
-        if len(kept) < group.size:
-            result[group.name] = tuple(kept)
-    return result
-
-
-# -- values: what each operation reads and makes ------------------------------------------------------------------
-
-
-class _Values:
-    """A trace in single-assignment form: in-place operations make new values of all that shares memory."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.tensor: list[int] = []  # value -> tensor id
-        self.producer: list[int] = []  # value -> operation, -1: none
-        self.reads: list[list[int]] = []  # operation -> values
-        self.makes: list[list[int]] = []  # operation -> values; those of its outputs come first
-        self.arguments: list[dict[int, int]] = []  # operation -> tensor id -> value read
-        self._history: dict[int, tuple[list[int], list[int]]] = {}  # tensor -> (operations, values)
-        family: dict[int, int] = {}
-
-        def root(t: int) -> int:
-            while family.get(t, t) != t:
-                t = family[t]
-            return t
-
-        members: dict[int, list[int]] = {}
-        for op in trace.ops:
-            inputs = op.inputs
-            seen = {t: self._now(t) for t in inputs}
-            returns = op.func._schema.returns
-            written = _written(op)
-            others = {m for t in written for m in members.get(root(t), [t])} - set(op.outputs)
-            extra = [self._now(m) for m in others if m not in seen]
-            self.arguments.append(seen)
-            self.reads.append([*seen.values(), *extra])
-            made = [self._new(t, op.index) for t in dict.fromkeys([*op.outputs, *sorted(others)])]
-            self.makes.append(made)
-            if any(r.alias_info is not None for r in returns) and inputs:
-                for out in op.outputs:
-                    a, b = root(inputs[0]), root(out)
-                    if a != b:
-                        family[b] = a
-                        members[a] = members.get(a, [a]) + members.pop(b, [b])
-        self.consumers: list[list[int]] = [[] for _ in self.tensor]
-        for index, reads in enumerate(self.reads):
-            for value in dict.fromkeys(reads):
-                self.consumers[value].append(index)
-        self.results = {self._now(t) for t in trace.outputs}
-        while len(self.consumers) < len(self.tensor):
-            self.consumers.append([])
-        self.dead = self._dead()
-
-    def _new(self, tensor: int, op: int) -> int:
-        self.tensor.append(tensor)
-        self.producer.append(op)
-        history = self._history.setdefault(tensor, ([], []))
-        history[0].append(op)
-        history[1].append(len(self.tensor) - 1)
-        return len(self.tensor) - 1
-
-    def _now(self, tensor: int) -> int:
-        history = self._history.get(tensor)
-        return history[1][-1] if history else self._new(tensor, -1)
-
-    def at(self, tensor: int, op: int) -> int | None:
-        """The value of a tensor before operation `op` runs."""
-        history = self._history.get(tensor)
-        if history is None:
-            return None
-        k = bisect_right(history[0], op - 1) - 1
-        return history[1][k] if k >= 0 else None
-
-    def first(self, tensor: int) -> int | None:
-        """The value that a parameter or an input comes with."""
-        history = self._history.get(tensor)
-        return history[1][0] if history and history[0][0] < 0 else None
-
-    def _dead(self) -> set[int]:
-        dead: set[int] = set()
-        for index in reversed(range(len(self.makes))):
-            if all(v not in self.results and dead.issuperset(self.consumers[v]) for v in self.makes[index]):
-                dead.add(index)
-        return dead
-
-    def info(self, value: int) -> Any:
-        """Shape, dtype and kind of a value."""
-        return self.trace.tensors[self.tensor[value]]
-
-    def is_state(self, value: int) -> bool:
-        """True for parameters and buffers as they come."""
-        return self.producer[value] < 0 and self.info(value).kind in ("param", "buffer")
-
-    def slice_of(self, y: int) -> frozenset[int]:
-        """The operations whose results flow into `y` only (and what is computed for nothing on the way)."""
-        inside: set[int] = set()
-        queue = [-self.producer[y]]  # the latest operation first: all that reads its results has been seen by then
-        seen = set(queue)
-        while queue:
-            index = -heappop(queue)
-            for value in self.makes[index]:
-                readers = self.consumers[value]
-                if value != y and (value in self.results or any(r not in inside and r not in self.dead for r in readers)):
-                    break
-            else:
-                inside.add(index)
-                for value in self.reads[index]:
-                    key = -self.producer[value]
-                    if self.producer[value] >= 0 and key not in seen:
-                        seen.add(key)
-                        heappush(queue, key)
-        return frozenset(inside)
-
-    def cone(self, value: int) -> set[int]:
-        """All values that `value` is computed from, itself included."""
-        seen, queue = {value}, [value]
-        while queue:
-            producer = self.producer[queue.pop()]
-            for v in self.reads[producer] if producer >= 0 else ():
-                if v not in seen:
-                    seen.add(v)
-                    queue.append(v)
-        return seen
-
-
-def _written(op: Op) -> list[int]:
-    """Tensors that the operation changes in place."""
-    found = []
-    for argument in op.func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [leaf.id for leaf in tree_flatten(op.args.get(argument.name))[0] if isinstance(leaf, Ref)]
-    return found
-
-
-# -- zeros --------------------------------------------------------------------------------------------------------
-
-_ZERO_STAYS = {
-    "clone", "_unsafe_view", "contiguous", "_to_copy", "detach", "alias", "dropout", "native_dropout", "feature_dropout",
-    "relu", "gelu", "silu", "tanh", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "relu6", "abs", "neg",
-    "sin", "erf", "prelu", "_prelu_kernel", "softshrink", "hardshrink", "softsign", "sqrt", "square", "sign",
-    "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "avg_pool1d", "avg_pool3d", "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "max_pool3d_with_indices", "mean", "sum", "amax", "amin", "roll",
-    "flip", "index_select", "gather", "repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "native_channel_shuffle", "upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d",
-    "tril", "triu", "reflection_pad2d", "replication_pad2d", "cumsum", "zeros_like", "convert_element_type", "unfold",
-    "im2col", "col2im",
-}  # fmt: skip
-_NORMS = {
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "batch_norm_with_update", "_batch_norm_with_update", "miopen_batch_norm", "_batch_norm_no_update",
-    "_native_batch_norm_legit_functional", "batch_norm", "native_layer_norm", "layer_norm", "rms_norm",
-    "_fused_rms_norm", "native_group_norm", "group_norm",
-}  # fmt: skip
-
-
-def _zeroing(op: Op) -> list[list[Any]]:
-    """Alternatives: arguments that make the (first) result exactly zero when all of them are zero."""
-    a = op.args
-    refs = [leaf for leaf in tree_flatten(a)[0] if isinstance(leaf, Ref)]
-    x = a.get("self", a.get("input", refs[0] if refs else None))
-    name = op.name
-    if name in ("mul", "multiply"):
-        return [[a["self"]], [a["other"]]]
-    if name == "div":
-        return [[a["self"]]] if a.get("rounding_mode") is None else []
-    if name in ("add", "sub"):
-        return [[a["self"], a["other"]]]
-    if name in ("cat", "stack"):
-        return [list(a["tensors"])]
-    if name == "copy":
-        return [[a["src"]]]
-    if name in ("mm", "bmm", "mv", "dot"):
-        y = a.get("mat2") or a.get("vec") or a.get("tensor")
-        return [[y], [x]]
-    if name in ("addmm", "baddbmm", "addmv"):
-        m1, m2 = a.get("mat1") or a.get("batch1") or a.get("mat"), a.get("mat2") or a.get("batch2") or a.get("vec")
-        return [[m2, a["self"]], [m1, a["self"]]]
-    if name in ("linear", "convolution", "_convolution"):
-        bias = [a["bias"]] if a.get("bias") is not None else []
-        return [[a["weight"], *bias], [a["input"], *bias]]
-    if name in _NORMS:
-        weight, bias = a.get("weight"), [a["bias"]] if a.get("bias") is not None else []
-        own = [[weight, *bias]] if weight is not None else []
-        by_batch = "batch_norm" in name and not a.get("training")  # in eval mode: instance norm is the other kind
-        return own if by_batch else [*own, [a["input"], *bias]]
-    if name.startswith("_scaled_dot_product") or name == "scaled_dot_product_attention":
-        return [[a["value"]]]
-    if name in ("_weight_norm_interface", "_weight_norm"):
-        return [[a["g"]], [a["v"]]]
-    if name == "constant_pad_nd":
-        return [[x]] if a.get("value", 0) == 0 else []
-    if name in ("hardtanh", "clamp"):
-        low, high = (a.get("min_val"), a.get("max_val")) if name == "hardtanh" else (a.get("min"), a.get("max"))
-        plain = all(v is None or isinstance(v, (int, float)) for v in (low, high))
-        return [[x]] if plain and (low is None or low <= 0) and (high is None or high >= 0) else []
-    if name == "pow":
-        return [[x]] if isinstance(a.get("exponent"), (int, float)) and a["exponent"] > 0 else []
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns)
-    return [[x]] if name in _ZERO_STAYS or is_view else []
-
-
-# -- finding ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -438,7 +83,7 @@ def _nest(value: Any, recorder: Recorder) -> Any:
         return type(value)(_nest(v, recorder) for v in value)
     if type(value) is dict:
         return {k: _nest(v, recorder) for k, v in value.items()}
-    return _Leaf("constant", value) if isinstance(value, (bool, int, float, str, type(None))) else Ref(-1)
+    return Leaf("constant", value) if isinstance(value, (bool, int, float, str, type(None))) else Ref(-1)
 
 
 class _Refused(Exception):
@@ -449,7 +94,7 @@ class _Refused(Exception):
 class _View:
     """One pass of the model: its values, its module calls, its additions."""
 
-    values: _Values
+    values: Values
     calls: list[_Call]
     sums: list[tuple[Op, int, int]]  # (addition, value that stays, value of the branch)
 
@@ -462,7 +107,7 @@ class _View:
         )
         if error is not None:
             raise error
-        values = _Values(trace)
+        values = Values(trace)
         return cls(values, calls, list(_sums(values)))
 
     def whole(self, path: str, inside: frozenset[int]) -> bool:
@@ -472,7 +117,7 @@ class _View:
         return any(i in inside for i in ops) and all(i in inside or i in self.values.dead for i in ops)
 
 
-def _sums(values: _Values) -> Iterator[tuple[Op, int, int]]:
+def _sums(values: Values) -> Iterator[tuple[Op, int, int]]:
     """Additions of two activations of one shape, one of which is read by nothing else."""
     for op in values.trace.ops:
         if op.name not in ("add", "sub") or not isinstance(op.args.get("other"), Ref):
@@ -524,9 +169,7 @@ def _named(found: list[Branch], trace: Trace) -> list[Branch]:
         base = branch.name
         if bases.count(base) > 1 and branch.stubs:
             ran = [trace.ops[i].module for i in branch.gone_ops]
-            base = max(
-                (s.path for s in branch.stubs), key=lambda p: sum(m == p or m.startswith(f"{p}.") for m in ran)
-            )
+            base = max((s.path for s in branch.stubs), key=lambda p: sum(m == p or m.startswith(f"{p}.") for m in ran))
         name, k = base, 2
         while name in taken:
             name, k = f"{base}#{k}", k + 1
@@ -646,7 +289,7 @@ class _Finder:
                     seen = values.arguments[index]
                     if outputs and any(
                         all(isinstance(r, Ref) and zero.get(seen[r.id], False) for r in alternative)
-                        for alternative in _zeroing(op)
+                        for alternative in zeroing(op)
                     ):
                         zero[outputs[0]] = True
             elif id(call) not in done:
@@ -667,7 +310,7 @@ class _Finder:
             raise _Refused("after its last module it does not stay zero")
         fresh = sum(stubs[c.path].zeros for c in calls if id(c) in done)
         for path in paths:  # called from within another one, but held elsewhere as well
-            stubs.setdefault(path, Stub(path, 0, _Leaf("carried"), True))
+            stubs.setdefault(path, Stub(path, 0, Leaf("carried"), True))
         return list(stubs.values()), frozenset(owner), frozenset(carried), fresh
 
     def _output(
@@ -678,7 +321,7 @@ class _Finder:
             return {k: self._output(call, v, places, zero, inside) for k, v in nest.items()}
         if isinstance(nest, (tuple, list)):
             return type(nest)(self._output(call, v, places, zero, inside) for v in nest)
-        if isinstance(nest, _Leaf):
+        if isinstance(nest, Leaf):
             return nest
         value = values.at(nest.id, call.end) if nest.id >= 0 else None
         if value is None:
@@ -686,12 +329,12 @@ class _Finder:
         if values.producer[value] in inside:
             if not values.dead.issuperset(values.consumers[value]):
                 zero[value] = True
-                return _Leaf("carried")
-            return _Leaf("constant")
+                return Leaf("carried")
+            return Leaf("constant")
         if value in places:
-            return _Leaf("argument", places[value])
+            return Leaf("argument", places[value])
         if values.dead.issuperset(values.consumers[value]) and value not in values.results:
-            return _Leaf("constant")
+            return Leaf("constant")
         raise _Refused(f"{call.path} returns a tensor that is used elsewhere")
 
     def _is_cut(self, group: ChannelGroup, inside: frozenset[int], y: int) -> bool:
@@ -735,8 +378,8 @@ class _Finder:
         if index not in inside or value not in values.makes[index][:1]:
             return None
         seen = values.arguments[index]
-        found = []
-        for alternative in _zeroing(self.trace.ops[index]):
+        found: list[tuple[bool, int, set[str]]] = []
+        for alternative in zeroing(self.trace.ops[index]):
             parts = [self._zero(seen[r.id], inside, depth + 1) if isinstance(r, Ref) else None for r in alternative]
             if parts and all(p is not None for p in parts):
                 own = all(values.is_state(v) for r in alternative for v in self._roots(seen[r.id]))
@@ -767,37 +410,12 @@ def _common(paths: list[list[str]]) -> str:
     return ".".join(parts[0] for parts in same)
 
 
-def _weighs(op: Op, values: _Values) -> bool:
+def _weighs(op: Op, values: Values) -> bool:
     """True for products of tensors: what multiply-adds are counted of."""
     return bool(multiply_adds(op, lambda t: values.trace.tensors[t].shape))
 
 
-# -- trying -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _swapped(model: nn.Module, branches: Sequence[Branch], keep: bool = False) -> Iterator[None]:
-    """While active (or for good), `Dropped` modules are in the places of those of the branches."""
-    stubs = {stub.path: stub for branch in branches for stub in branch.stubs}
-    outer = {p for p in stubs if not any(p.startswith(f"{q}.") for q in stubs)}
-    modules = dict(model.named_modules())
-    by_id = {id(modules[p]): Dropped(stubs[p], modules[p]).train(modules[p].training) for p in outer}
-    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    for parent in list(model.modules()):
-        for leaf, child in list(parent._modules.items()):
-            if id(child) in by_id:
-                before.append((parent._modules, leaf, child))
-                parent._modules[leaf] = by_id[id(child)]
-                if parent in layers:  # its fused path would read the weights that are gone
-                    before.append((vars(parent), "activation_relu_or_gelu", parent.activation_relu_or_gelu))
-                    parent.activation_relu_or_gelu = 0
-    try:
-        yield
-    finally:
-        if not keep:
-            for store, leaf, value in reversed(before):
-                store[leaf] = value
+# -- trying -----------------------------------------------------------------------------------------------------------
 
 
 def _tried(branches: list[Branch], model: nn.Module, example_inputs: Inputs, trace: Trace) -> list[Branch]:
@@ -819,7 +437,7 @@ def _tried(branches: list[Branch], model: nn.Module, example_inputs: Inputs, tra
 def _trial(branches: list[Branch], model: nn.Module, example_inputs: Inputs, trace: Trace) -> str | None:
     """What goes wrong when these branches (none inside another) are dropped; None if all is as predicted."""
     stubs = {stub.path for b in branches for stub in b.stubs}
-    with _swapped(model, branches):
+    with swapped(model, branches):
         new, error = record_partly(model, example_inputs)
     if error is not None:
         return f"without it the forward pass fails: {error.__cause__}"
@@ -857,10 +475,3 @@ def _computes(op: Op) -> bool:
     return op.name not in ("clone", "_unsafe_view", "contiguous") and not any(
         r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns
     )
-
-
-def dropped_copy(model: nn.Module, branches: Sequence[Branch]) -> nn.Module:
-    """A copy of `model` without these branches, its other channels whole."""
-    small = copy.deepcopy(model)
-    drop(small, branches)
-    return small

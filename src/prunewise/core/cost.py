@@ -112,8 +112,8 @@ class CostModel:
         self._collect_ops(grouping.structure.passes[0])
         matrix = np.zeros((len(self._rows), len(self.groups)))
         for i, (_, counts) in enumerate(self._rows):
-            for column, count in counts.items():
-                matrix[i, column] = count
+            for k, count in counts.items():
+                matrix[i, k] = count
         self._matrix = torch.from_numpy(matrix)
         self._constant = torch.tensor([float(c) for c, _ in self._rows], dtype=torch.float64)
         self._merged = {kind: _merge(terms) for kind, terms in self._terms.items()}

@@ -19,7 +19,7 @@ from prunewise.core.structure import Structure, analyse
 from prunewise.core.trace import Inputs
 
 if TYPE_CHECKING:
-    from prunewise.core.blocks import Branch
+    from prunewise.core.branches import Branch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise.core.blocks import Dropped, with_branches
+from prunewise.core.blocks import with_branches
+from prunewise.core.branches import Dropped
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import find_groups
 from prunewise.core.plan import ChannelPlan

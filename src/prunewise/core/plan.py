@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from prunewise.core import inputs as _inputs
-from prunewise.core.blocks import Branch, check_keep
+from prunewise.core.branches import Branch, check_keep
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 

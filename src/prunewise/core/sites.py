@@ -20,7 +20,7 @@ from torch import nn
 from prunewise.core.groups import ChannelGroup
 
 if TYPE_CHECKING:
-    from prunewise.core.blocks import Branch
+    from prunewise.core.branches import Branch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
-from prunewise.core.blocks import Dropped, check_keep, dropped_copy, translate, with_branches
+from prunewise.core.blocks import with_branches
+from prunewise.core.branches import Dropped, check_keep, dropped_copy, translate
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError
 from prunewise.core.graph import rebuild
