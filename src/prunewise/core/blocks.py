@@ -9,6 +9,8 @@ A branch is offered only if a channel group in it is a *cut*: with all its units
 depends on nothing. Whatever cannot be followed is refused with a reason, and its groups keep a unit.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterator
