@@ -416,6 +416,15 @@ def test_a_factory_of_something_else(saved):
         pw.load_pruned(saved, lambda: 1 / 0)
 
 
+def test_a_factory_on_the_meta_device(saved):
+    refused(saved, "on the meta device", lambda: factory().to("meta"))
+
+
+def test_arguments_mixed_up(tmp_path, example):
+    with pytest.raises(pw.PlanError, match="got a ChannelPlan and a Sequential"):
+        pw.save_pruned(tmp_path, example[1], example[0])
+
+
 def test_an_architecture_alike_in_names_and_shapes_only(saved):
     class Other(nn.Sequential):
         def forward(self, x):

@@ -17,7 +17,7 @@ def _factory():
 
 def test_training_loop_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code, whole = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     torch.manual_seed(0)
     model = _factory()
     names = {
@@ -35,3 +35,7 @@ def test_training_loop_of_the_readme(tmp_path, monkeypatch):
     macs = pw.measure(_factory(), names["example_inputs"]).macs
     assert pw.measure(names["small"], names["example_inputs"]).macs <= 0.5 * macs
     assert len(re.findall("# \\+$", code, re.MULTILINE)) == 3
+
+    names |= {"model": _factory(), "val_loader": names["loader"]}
+    exec(whole, names)
+    assert pw.measure(pw.load_pruned("small", _factory), names["example_inputs"]).macs <= 0.5 * macs

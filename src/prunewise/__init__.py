@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from prunewise.core.groups import ChannelGroup, channel_groups
-    from prunewise.core.plan import ChannelPlan
     from prunewise.core.optimizer import migrate_optimizer
+    from prunewise.core.plan import ChannelPlan
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress

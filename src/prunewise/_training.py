@@ -198,7 +198,7 @@ class Run:
         """From where it stands to the last epoch."""
         with progress(shown, self.epochs * self.steps) as display:
             if self.resumed:
-                display.line(f"resumed at epoch {self._epoch + 1}, step {self._step + 1}")
+                display.line(f"resumed after {self._epoch} epochs and {self._step} steps")
             while self._epoch < self.epochs:
                 self._train_epoch(display)
 

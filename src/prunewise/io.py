@@ -28,7 +28,8 @@ from prunewise._files import (
     write_json,
 )
 from prunewise.core import inputs as _inputs
-from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError, TraceError
+from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError
+from prunewise.core.graph import RebuiltModule
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
@@ -72,6 +73,10 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
         >>> torch.equal(loaded(x), small(x))
         True
     """
+    if not isinstance(small, nn.Module) or not isinstance(plan, ChannelPlan):
+        raise PlanError(
+            f"expected (directory, model, ChannelPlan), got a {type(small).__name__} and a {type(plan).__name__}"
+        )
     small = _unwrapped(small)
     if is_gated(small):
         raise AlreadyGatedError("the model has gates: save what gates.finish() returns")
@@ -97,6 +102,7 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
         },
         "tied": tied,
         "frozen": [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad],
+        "graph": isinstance(small, RebuiltModule),
         "training": small.training,
         "other_mode": [path for path, training in modes.items() if training != small.training],
     }
@@ -178,12 +184,15 @@ def _rebuilt(
         try:
             surgeon = Surgeon.of(candidate, inputs, blocks=plan.drops_blocks)
             plan.check(candidate, surgeon.grouping.groups, surgeon.grouping.branches)
+            if weights["graph"]:
+                return _cast(surgeon.rebuilt(candidate, plan.keep), wanted)
             return _cast(surgeon.cut(candidate, plan.keep), wanted)
-        except PrunewiseError as error:
-            if isinstance(error, TraceError) and number + 1 < len(attempts):
+        except Exception as error:  # the user's forward runs here, on inputs that a file describes
+            if not isinstance(error, PlanError) and number + 1 < len(attempts):
                 continue
+            why = error if isinstance(error, PrunewiseError) else f"{type(error).__name__}: {str(error)[:500]}"
             raise CheckpointError(
-                f"{where} does not fit the {type(model).__name__} that the factory builds: {error}"
+                f"{where} does not fit the {type(model).__name__} that the factory builds: {why}"
             ) from error
     raise AssertionError
 
@@ -231,6 +240,9 @@ def _as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def _fill(small: nn.Module, weights: Mapping[str, Any], saved: TensorFile) -> None:
     """Put the saved tensors into the rebuilt model, once every one is known to fit."""
     tensors, _ = _tensors(small)
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"the factory builds {name!r} on the meta device: build the model where it is wanted")
     missing, extra = (
         sorted(tensors.keys() - saved.entries.keys()),
         sorted(saved.entries.keys() - tensors.keys()),
@@ -298,7 +310,8 @@ def _checked_weights(data: Any) -> dict[str, Any]:
     if groups and len({n for t in tied or () for n in t}) != sum(len(t) for t in tied or ()):
         groups = False
     valid = counts and groups and strings(data.get("frozen")) and strings(data.get("other_mode"))
-    if not valid or type(data.get("training")) is not bool or not is_sha256(data.get("sha256")):
+    valid = valid and type(data.get("training")) is bool and type(data.get("graph")) is bool
+    if not valid or not is_sha256(data.get("sha256")):
         raise PlanError("the section 'weights' is damaged: its strides, ties, names, mode or SHA-256 are not valid")
     return data
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.zoo import ZOO
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +19,7 @@ from prunewise.channels import latency
 from prunewise.channels.latency import LatencyModel, measure_latency
 from prunewise.core.cost import CostModel
 from prunewise.core.surgery import Surgeon
+from tests.zoo import ZOO
 
 
 def time_is_macs(calls: Sequence[Callable[[], Any]], *_: Any, **__: Any) -> list[float]:

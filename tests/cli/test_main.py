@@ -19,6 +19,13 @@ def model():
 def data():
     return [(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))]
 
+def small():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+def pair():
+    batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))] * 3
+    return batches, batches
+
 def not_a_model():
     return 3
 
@@ -208,6 +215,19 @@ def test_prune_in_one_shot_saves_a_model_that_loads(project, capsys):
 
     small = pw.load_pruned("small", my_project.model)
     assert pw.measure(small, torch.zeros(1, 3, 8, 8)).macs == result["after"]["macs"]
+
+
+def test_prune_by_gates_logs_to_stderr_and_goes_on_from_its_checkpoint(project, capsys):
+    arguments = ["prune", "--model", "my_project:small", "--data", "my_project:pair", "--macs", "0.6", "--epochs", "2"]
+    arguments += ["--out", "small", "--checkpoint", "run", "--json"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["after"]["macs"] <= 0.6 * json.loads(captured.out)["before"]["macs"]
+    assert captured.err.startswith("epoch 1/2")
+    assert main(arguments) == 0
+    again = capsys.readouterr()
+    assert again.out == captured.out
+    assert again.err.startswith("resumed")
 
 
 def test_budget_out_of_reach_exits_1(project, capsys):

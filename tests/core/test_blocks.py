@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.zoo import ZOO, build, call, flat_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from prunewise.core.branches import Branch, Dropped
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon
+from tests.zoo import ZOO, build, call, flat_tensors
 
 # Model of the zoo -> how many of its residual branches can be dropped.
 DROPPABLE = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.zoo import build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
@@ -18,10 +17,11 @@ from torch.utils._pytree import tree_map
 from prunewise.core.cost import CostModel, measure
 from prunewise.core.errors import VerificationError
 from prunewise.core.graph import rebuild
-from prunewise.core.sites import masked
 from prunewise.core.proof import check_equal
+from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon
 from prunewise.core.trace import as_call, tensors_of
+from tests.zoo import build
 
 
 def draw(costs: CostModel, seed: int = 0) -> dict[str, tuple[int, ...]]:

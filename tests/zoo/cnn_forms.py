@@ -25,9 +25,7 @@ def conv3x3(i: int, o: int, stride: int = 1, **kwargs) -> nn.Conv2d:
 
 
 def cbr(i: int, o: int, k: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
 
 class ResGN(nn.Module):
@@ -43,9 +41,7 @@ class ResGN(nn.Module):
 
 @register("groupnorm_cnn", image(), "cnn", "groupnorm", "residual")
 def groupnorm_cnn() -> nn.Module:
-    return nn.Sequential(
-        conv3x3(3, 16, 2), ResGN(16, 4), nn.GroupNorm(8, 16), nn.ReLU(), conv3x3(16, 12), Head(12)
-    )
+    return nn.Sequential(conv3x3(3, 16, 2), ResGN(16, 4), nn.GroupNorm(8, 16), nn.ReLU(), conv3x3(16, 12), Head(12))
 
 
 @register("instancenorm_cnn", image(), "cnn", "instancenorm", "transposed", "dense_output", "residual")
@@ -164,9 +160,7 @@ class ASPP(nn.Module):
         super().__init__()
         self.stem = cbr(3, 12)
         self.branches = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(12, 8, 3, padding=r, dilation=r, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-            )
+            nn.Sequential(nn.Conv2d(12, 8, 3, padding=r, dilation=r, bias=False), nn.BatchNorm2d(8), nn.ReLU())
             for r in rates
         )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 8, 1), nn.ReLU())
@@ -245,9 +239,7 @@ class C2fSplit(C2f):
 
 @register("c2f", image(), "cnn", "split", "concat", "residual")
 def c2f() -> nn.Module:
-    return nn.Sequential(
-        Conv(3, 8, 3, 2), C2f(8, 16, n=2, shortcut=True), Conv(16, 16, 3, 2), C2f(16, 24), Head(24)
-    )
+    return nn.Sequential(Conv(3, 8, 3, 2), C2f(8, 16, n=2, shortcut=True), Conv(16, 16, 3, 2), C2f(16, 24), Head(24))
 
 
 @register("c2f_split", image(), "cnn", "split", "concat", "residual", "baked")

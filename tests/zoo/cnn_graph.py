@@ -106,9 +106,7 @@ class DictInput(nn.Module):
         self.conv2 = cbr(c, 16)
         self.head = Head(16)
 
-    def forward(
-        self, pixel_values: Tensor, mask: Tensor | None = None, metadata: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, pixel_values: Tensor, mask: Tensor | None = None, metadata: Tensor | None = None) -> Tensor:
         x = self.bn1(self.conv1(pixel_values))
         if metadata is not None:
             gamma, beta = self.film(metadata).chunk(2, dim=-1)

@@ -56,16 +56,10 @@ class ShuffleV2Unit(nn.Module):
 class ShuffleNetV2(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        )
-        self.stage2 = nn.Sequential(
-            ShuffleV2Unit(8, 16, 2), ShuffleV2Unit(16, 16, 1), ShuffleV2Unit(16, 16, 1)
-        )
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.stage2 = nn.Sequential(ShuffleV2Unit(8, 16, 2), ShuffleV2Unit(16, 16, 1), ShuffleV2Unit(16, 16, 1))
         self.stage3 = nn.Sequential(ShuffleV2Unit(16, 24, 2), ShuffleV2Unit(24, 24, 1))
-        self.conv5 = nn.Sequential(
-            nn.Conv2d(24, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
-        )
+        self.conv5 = nn.Sequential(nn.Conv2d(24, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
         self.fc = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -344,9 +338,7 @@ class TemporalBlock(nn.Module):
         padding = (kernel_size - 1) * dilation
         self.conv1 = nn.Conv1d(n_inputs, n_outputs, kernel_size, padding=padding, dilation=dilation)
         self.conv2 = nn.Conv1d(n_outputs, n_outputs, kernel_size, padding=padding, dilation=dilation)
-        self.net = nn.Sequential(
-            self.conv1, Chomp1d(padding), nn.ReLU(), self.conv2, Chomp1d(padding), nn.ReLU()
-        )
+        self.net = nn.Sequential(self.conv1, Chomp1d(padding), nn.ReLU(), self.conv2, Chomp1d(padding), nn.ReLU())
         self.downsample = nn.Conv1d(n_inputs, n_outputs, 1) if n_inputs != n_outputs else None
 
     def forward(self, x: Tensor) -> Tensor:

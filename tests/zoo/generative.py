@@ -202,9 +202,7 @@ class Seq2Seq(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.embed = nn.Embedding(VOCAB, d_model, padding_idx=0)
-        angle = torch.arange(max_len)[:, None] * torch.exp(
-            torch.arange(0, d_model, 2) * -(math.log(10000.0) / d_model)
-        )
+        angle = torch.arange(max_len)[:, None] * torch.exp(torch.arange(0, d_model, 2) * -(math.log(10000.0) / d_model))
         self.register_buffer("pe", torch.stack([angle.sin(), angle.cos()], -1).reshape(1, max_len, d_model))
         self.encoder = nn.ModuleList([SeqLayer(d_model, h, d_ff, False) for _ in range(2)])
         self.decoder = nn.ModuleList([SeqLayer(d_model, h, d_ff, True) for _ in range(2)])

@@ -25,8 +25,8 @@ from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, Pru
 from prunewise.core.groups import Choice
 from prunewise.core.optimizer import move_optimizer
 from prunewise.core.plan import ChannelPlan, fingerprint
-from prunewise.core.proof import check_equal
-from prunewise.core.sites import gate_sites
+from prunewise.core.proof import compare, outputs
+from prunewise.core.sites import gate_sites, masked
 from prunewise.core.slices import state_slices
 from prunewise.core.surgery import Surgeon, graft, is_gated, require_unshared
 from prunewise.core.trace import Inputs
@@ -117,7 +117,7 @@ def attach_gates(
     else:
         raise PlanError(f"control {control!r} should be 'fisher' or 'descent'")
     session = GateSession(model, surgeon, gates, steering, initial, shrink_every)
-    session._attach()
+    session._prove()
     return session
 
 
@@ -170,7 +170,9 @@ class GateSession:
         A scalar for the loss; its gradient with respect to the gates is applied by `step()`, exactly and not
         through the optimizer, so its value informs (0 once the budget is met).
         """
-        target = self.control.target() if not self.control.frozen else dict(self.control.limits.absolute)
+        if self.control.frozen:
+            return self._gates.values[0].new_zeros(())
+        target = self.control.target()
         now = self.control.limits.totals({name: len(kept) for name, kept in self.control.keep.items()})
         full = self.control.full
         excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
@@ -316,7 +318,6 @@ class GateSession:
             _ungate(model)
         self.detach()
         small = self._surgeon.cut(source, keep)
-        check_equal(source, small, self._surgeon.grouping, keep, self._surgeon.example_inputs)
         self.plan = plan
         return small
 
@@ -352,6 +353,34 @@ class GateSession:
         inputs = self._surgeon.example_inputs
         notes = {"importance": "gates", **self._limits.notes(keep)}
         return make_plan(self._fingerprint, self._costs, keep, notes, inputs)
+
+    def _prove(self) -> None:
+        """Attach, and check that the gates reach what `forward` reads: with every other unit closed.
+
+        Raises:
+            VerificationError: `forward` gets at some weight otherwise than by attribute; the model is left ungated.
+        """
+        keep = {g.name: tuple(range(0, g.size, 2)) for g in self.control.limits.groups}
+        branches = self.control.limits.branches
+        keep.update({name: () for branch in branches[::2] for name in branch.groups})
+        inputs = self._surgeon.example_inputs
+        if any(p.is_meta for p in self.model.parameters()):
+            self._attach()
+            return
+        with masked(self.model, self.control.limits.groups, keep, branches):
+            want = outputs(self.model, inputs, False)
+        self._attach()
+        self._show(keep)
+        try:
+            compare(want, outputs(self.model, inputs, False), "the gated model")
+        except VerificationError as error:
+            self.detach()
+            raise VerificationError(
+                f"{str(error).partition('. ')[0]}: forward() seems to read a weight otherwise than as an attribute of "
+                "its module (through a list kept from before, or module._parameters), where no gate can stand. Read it "
+                "as an attribute"
+            ) from error
+        self._show(self.control.keep)
 
     def _magnitudes(self) -> dict[str, Scores]:
         """L1 of the filters of every unit, as the weights are now."""

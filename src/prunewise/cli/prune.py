@@ -30,6 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="gates: trained together with the weights on --data; the others: one shot, no training (%(default)s)",
     )
     parser.add_argument("--epochs", type=int, default=10, help="epochs of training, for gates (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="for gates: save the run's state here after every epoch, and go on from it if the run was stopped",
+    )
     add_choice_options(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/prune"), help="folder (%(default)s)")
 
@@ -80,7 +87,17 @@ def _prune(
 
     if args.method == "gates":
         train, validation = loaders
-        result = pw.compress(model, train, budget=budget, epochs=args.epochs, val_loader=validation, **choice(args))
+        result = pw.compress(
+            model,
+            train,
+            budget=budget,
+            epochs=args.epochs,
+            val_loader=validation,
+            example_inputs=inputs,
+            checkpoint=args.checkpoint,
+            seed=args.seed,
+            **choice(args),
+        )
         return result.model, result.plan
-    plan = pw.plan_channels(model, inputs, budget=budget, importance=args.method, **choice(args))
+    plan = pw.plan_channels(model, inputs, budget=budget, importance=args.method, seed=args.seed, **choice(args))
     return pw.apply_plan(model, plan, inputs), plan

@@ -75,7 +75,8 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             weight = self.in_proj_weight[which * width : (which + 1) * width]
         bias = None if self.in_proj_bias is None else self.in_proj_bias[which * width : (which + 1) * width]
         projected: Tensor = nn.functional.linear(x, weight, bias)
-        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attn: Tensor | None) -> Tensor | None:
         """Both masks as one additive one that broadcasts to (N, heads, L, S)."""

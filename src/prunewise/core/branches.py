@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,11 +154,10 @@ def translate(old: Grouping, new: Grouping, keep: Keep) -> dict[str, tuple[int, 
     return result
 
 
-def dropped_copy(model: nn.Module, branches: Sequence[Branch]) -> nn.Module:
-    """A copy of `model` without these branches, its other channels whole."""
-    small = copy.deepcopy(model)
-    with swapped(small, branches, keep=True):
-        return small
+def drop(model: nn.Module, branches: Sequence[Branch]) -> None:
+    """Take these branches out of `model` for good, in place; its other channels stay whole."""
+    with swapped(model, branches, keep=True):
+        pass
 
 
 @contextmanager

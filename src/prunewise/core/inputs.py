@@ -20,7 +20,7 @@ _DTYPES = {
     )
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_BYTES = 1 << 32
+_MAX_BYTES = 1 << 30
 _MAX_DEPTH = 32
 _MAX_DIMS = 64
 
@@ -61,10 +61,10 @@ def _describe(value: Any, depth: int) -> Any:
 
 
 def blank(spec: Any, device: torch.device | str = "cpu") -> Inputs:
-    """Inputs of the structure that `describe` wrote down, every tensor full of zeros.
+    """Inputs of the structure that `describe` wrote down: floating tensors are noise (always the same), others zero.
 
     Raises:
-        PlanError: `spec` is not such a structure, or asks for more than 4 GiB.
+        PlanError: `spec` is not such a structure, or asks for more than 1 GiB.
     """
     return _blank(spec, torch.device(device), [0], 0)
 
@@ -109,4 +109,9 @@ def _zeros(shape: list[Any], name: str, device: torch.device, total: list[int]) 
         raise PlanError(
             f"the plan's 'inputs' take more than {_MAX_BYTES >> 30} GiB: give example_inputs when you load it"
         )
-    return torch.zeros(shape, dtype=_DTYPES[name], device=device)
+    zeros = torch.zeros(shape, dtype=_DTYPES[name], device=device)
+    if device.type == "meta" or not (zeros.is_floating_point() or zeros.is_complex()):
+        return zeros
+    # Zeros would hide from the comparison of models whatever multiplies them.
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    return zeros.copy_(noise)

@@ -47,28 +47,36 @@ def _difference(
     training: bool,
 ) -> float:
     with masked(model, grouping.groups, keep, grouping.branches):
-        want = _outputs(model, example_inputs, training)
-    got = _outputs(small, example_inputs, training)
+        want = outputs(model, example_inputs, training)
+    got = outputs(small, example_inputs, training)
+    return compare(want, got, f"the small model ({'train' if training else 'eval'} mode)")
+
+
+def compare(want: list[Tensor], got: list[Tensor], what: str) -> float:
+    """The largest difference of two lists of outputs, relative to the largest output.
+
+    Raises:
+        VerificationError: it is larger than rounding explains.
+    """
     if len(want) != len(got):
-        raise VerificationError(f"the small model returns {len(got)} tensors, the gated one {len(want)}")
+        raise VerificationError(f"{what} returns {len(got)} tensors, the masked one {len(want)}")
     worst = 0.0
     for a, b in zip(want, got, strict=True):
         if a.shape != b.shape:
-            raise VerificationError(
-                f"an output has shape {tuple(b.shape)} where the gated model gives {tuple(a.shape)}"
-            )
+            raise VerificationError(f"{what} gives an output of shape {tuple(b.shape)}, should be {tuple(a.shape)}")
         if not (a.is_floating_point() or a.is_complex()) or not a.numel():
             continue
         finite = a.isfinite()
         if not torch.equal(torch.where(finite, 0, a).nan_to_num(7), torch.where(b.isfinite(), 0, b).nan_to_num(7)):
-            raise VerificationError("the small model's outputs are not finite in other places than the gated one's")
+            raise VerificationError(
+                f"{what} has outputs that are not finite where the masked one's are, or the reverse"
+            )
         a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
         difference = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-12)
         if difference > _TOLERANCE.get(a.dtype, 0.1):
             raise VerificationError(
-                f"the small model differs from the gated one by {difference:.2e} of the largest output "
-                f"({'train' if training else 'eval'} mode). The model was left as it was. This is a defect of "
-                "prunewise: please report the model's code"
+                f"{what} differs from the masked one by {difference:.2e} of the largest output. The model was left as "
+                "it was. This is a defect of prunewise: please report the model's code"
             )
         worst = max(worst, difference)
     return worst
@@ -78,7 +86,7 @@ def _difference(
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-3, torch.complex64: 1e-3}
 
 
-def _outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> list[Tensor]:
+def outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> list[Tensor]:
     """All tensors that a forward pass returns, with nothing left changed."""
     args, kwargs = as_call(example_inputs)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]

@@ -60,6 +60,11 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
         info = passes[0].trace.tensors[index]
         for block in flow.state[info.name].blocks:
             flow.store.pin(block.labels, "not used in the forward pass")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its tensors cannot be replaced by smaller ones
+            for name, _ in [*module.named_parameters(path), *module.named_buffers(path)]:
+                for block in flow.state[name].blocks if name in flow.state else ():
+                    flow.store.pin(block.labels, f"held by the scripted module {path or 'itself'}")
     for rectangle in flow.rectangles:
         resolve(flow, rectangle)
     return Structure(flow, passes)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.blocks import with_branches
-from prunewise.core.branches import Dropped, check_keep, dropped_copy, translate
+from prunewise.core.branches import Dropped, check_keep, drop, translate
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import AlreadyGatedError, SharedParameterError
+from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
 from prunewise.core.graph import rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
@@ -49,18 +49,27 @@ class Surgeon:
     def cut(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
         """A smaller copy of `model` with only the kept units; the user's classes, or else a graph module that warns.
 
-        The copy's operations are checked one by one against what the plan predicts, on fake tensors.
+        The copy's operations are checked one by one against what the plan predicts, on fake tensors, and its outputs
+        against the masked model's.
+
+        Raises:
+            VerificationError: neither way gives a network that computes what the masked one does.
         """
         if any(not len(kept) for kept in keep.values()):
             return self._cut_blocks(model, keep)
-        small = copy.deepcopy(model)
+        small = _copy(model)
         slices = state_slices(self.grouping, keep)
         slice_state(small, slices)
         widths = {name: len(kept) for name, kept in keep.items()}
         _set_widths(small, self.costs, widths)
         problem = fit_attributes(small, self.example_inputs, self.costs, keep)
         if problem is None:
-            return small
+            try:
+                check_equal(model, small, self.grouping, keep, self.example_inputs)
+            except VerificationError as error:
+                problem = str(error).partition(". ")[0]
+            else:
+                return small
         warnings.warn(
             f"the small {type(model).__name__} is a graph module, not your class, because {problem}. It trains, saves and "
             "loads all the same; make that width follow from shapes or attributes to keep your class",
@@ -68,15 +77,25 @@ class Surgeon:
         )
         return rebuild(model, self.grouping, keep, self.example_inputs)
 
-    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], *, graph: bool = False) -> nn.Module:
         """First the blocks go, then the rest is cut like any model."""
         grouping = self.grouping
         if not grouping.branches:
             grouping = with_branches(grouping, model, self.example_inputs)
         check_keep(keep, grouping.branches)
-        shallow = dropped_copy(model, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
+        shallow = _copy(model)
+        drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
         rest = Surgeon.of(shallow, self.example_inputs)
-        return rest.cut(shallow, translate(grouping, rest.grouping, keep))
+        left = translate(grouping, rest.grouping, keep)
+        small = rest.rebuilt(shallow, left) if graph else rest.cut(shallow, left)
+        check_equal(model, small, grouping, keep, self.example_inputs)
+        return small
+
+    def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """As `cut`, but a graph module in any case."""
+        if any(not len(kept) for kept in keep.values()):
+            return self._cut_blocks(model, keep, graph=True)
+        return rebuild(model, self.costs, keep, self.example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
@@ -109,9 +128,18 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
     require_unshared(model)
     surgeon = Surgeon.of(model, example_inputs, blocks=plan.drops_blocks)
     plan.check(model, surgeon.grouping.groups, surgeon.grouping.branches)
-    small = surgeon.cut(model, plan.keep)
-    check_equal(model, small, surgeon.grouping, plan.keep, example_inputs)
-    return small
+    return surgeon.cut(model, plan.keep)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules whose hooks have left tensors with a history on them."""
+    made = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 
 def is_gated(model: nn.Module) -> bool:
@@ -194,18 +222,14 @@ def require_unshared(model: nn.Module) -> None:
 
 
 def _held_outside(model: nn.Module) -> str | None:
+    """The name of a parameter that a module outside `model` holds too."""
     names = {id(p): name for name, p in model.named_parameters()}
     own = {id(m._parameters) for m in model.modules()}
     parameters = list(model.parameters())
-    stores: list[Any] = gc.get_referrers(*parameters) if parameters else []
-    for store in stores:
-        if not isinstance(store, dict) or id(store) in own:
-            continue
+    found: list[Any] = gc.get_referrers(*parameters) if parameters else []
+    for store in (s for s in found if isinstance(s, dict) and id(s) not in own):
         for owner in gc.get_referrers(store):
             attributes: Any = vars(owner) if isinstance(owner, nn.Module) else owner
-            if not isinstance(attributes, dict) or attributes.get("_parameters") is not store:
-                continue
-            shared = next((names[id(p)] for p in store.values() if id(p) in names), None)
-            if shared is not None:
-                return shared
+            if isinstance(attributes, dict) and attributes.get("_parameters") is store:
+                return next((names[id(p)] for p in store.values() if id(p) in names), None)
     return None

@@ -1,0 +1,290 @@
+"""Surgery: what is cut, what is kept, and the optimizer that goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunewise as pw
+from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.sites import masked
+from prunewise.core.surgery import Surgeon
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.bn(self.a(x)).relu())
+        return self.fc(self.c(x).relu().mean((2, 3))) * self.temperature
+
+
+X = torch.zeros(2, 3, 6, 6, dtype=torch.float64)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def plan_of(model: nn.Module, keep: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> ChannelPlan:
+    return ChannelPlan(keep, sizes, fingerprint(model))
+
+
+@pytest.fixture
+def plan(net: Net) -> ChannelPlan:
+    return plan_of(net, {"a": (1, 2, 5), "c": (0, 3, 4, 5)}, {"a": 8, "c": 6})
+
+
+def test_keeps_the_classes_and_sets_their_widths(net: Net, plan: ChannelPlan) -> None:
+    small = pw.apply_plan(net, plan, X)
+    assert type(small) is Net
+    assert (small.a.in_channels, small.a.out_channels, small.bn.num_features) == (3, 3, 3)
+    assert (small.b.in_channels, small.b.out_channels, small.b.groups) == (3, 3, 3)
+    assert (small.c.in_channels, small.c.out_channels, small.fc.in_features) == (3, 4, 4)
+    assert torch.equal(small.a.weight, net.a.weight[[1, 2, 5]])
+    assert torch.equal(small.bn.running_var, net.bn.running_var[[1, 2, 5]])
+    assert torch.equal(small.fc.weight, net.fc.weight[:, [0, 3, 4, 5]])
+
+
+def test_the_input_is_not_changed(net: Net, plan: ChannelPlan) -> None:
+    net.train()
+    before, ids = copy.deepcopy(net.state_dict()), [id(p) for p in net.parameters()]
+    small = pw.apply_plan(net, plan, X)
+    assert [id(p) for p in net.parameters()] == ids
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert small.training
+    assert all(m.training for m in net.modules())
+    nn.init.zeros_(small.a.weight)
+    assert net.a.weight.abs().sum() > 0
+
+
+def test_applied_twice_gives_the_same(net: Net, plan: ChannelPlan) -> None:
+    first, second = pw.apply_plan(net, plan, X), pw.apply_plan(net, plan, X)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_requires_grad_and_modes_go_along(net: Net, plan: ChannelPlan) -> None:
+    net.a.weight.requires_grad_(False)
+    net.bn.eval()
+    net(torch.randn_like(X)).sum().backward()
+    small = pw.apply_plan(net, plan, X)
+    assert not small.a.weight.requires_grad
+    assert small.c.weight.requires_grad
+    assert not small.bn.training
+    assert net.c.weight.grad is not None
+
+
+def test_memory_format_goes_along(net: Net, plan: ChannelPlan) -> None:
+    small = pw.apply_plan(net.to(memory_format=torch.channels_last), plan, X)
+    assert small.a.weight.is_contiguous(memory_format=torch.channels_last)
+    assert small.a.weight.shape == (3, 3, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(net: Net, plan: ChannelPlan, dtype: torch.dtype) -> None:
+    small = pw.apply_plan(net.to(dtype), plan, X.to(dtype))
+    assert {p.dtype for p in small.parameters()} == {dtype}
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.up, self.down = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+            self.head = nn.Linear(6, 11, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.emb(ids)
+            return self.head(x + self.down(self.up(x).relu()))
+
+    model = Tied().double()
+    ids = torch.randint(0, 11, (2, 5))
+    sizes = {g.name: g.size for g in pw.channel_groups(model, ids) if g.prunable}
+    assert sorted(sizes.values()) == [6, 9]
+    small = pw.apply_plan(model, plan_of(model, {n: (0, 2) for n in sizes}, sizes), ids)
+    assert small.head.weight is small.emb.weight
+    assert small.emb.weight.shape == (11, 2)
+    assert small.emb.embedding_dim == 2
+
+
+def test_meta_model() -> None:
+    with torch.device("meta"):
+        model, x = Net(), torch.zeros(2, 3, 6, 6)
+    small = pw.apply_plan(model, plan_of(model, {"a": (1, 2)}, {"a": 8}), x)
+    assert small.a.weight.shape == (2, 3, 3, 3)
+    assert small.a.weight.is_meta
+
+
+def test_gated_models_are_refused(net: Net, plan: ChannelPlan) -> None:
+    session = pw.attach_gates(net, X, budget=pw.Budget(macs=0.8), total_steps=3)
+    for call in (
+        lambda: pw.apply_plan(net, plan, X),
+        lambda: pw.plan_channels(net, X, budget=pw.Budget(macs=0.8)),
+    ):
+        with pytest.raises(pw.AlreadyGatedError, match=r"finish\(\) or"):
+            call()
+    session.detach()
+    pw.apply_plan(net, plan, X)
+
+
+def test_a_parameter_shared_with_another_model_is_refused(net: Net, plan: ChannelPlan) -> None:
+    outside = nn.Linear(6, 4)
+    outside.weight = net.fc.weight
+    with pytest.raises(pw.SharedParameterError, match=r"fc\.weight"):
+        pw.apply_plan(net, plan, X)
+    both = nn.ModuleList([net, outside])
+    assert len(both) == 2
+    outside.weight = nn.Parameter(torch.zeros(4, 6))
+    pw.apply_plan(net, plan, X)
+
+
+# -- the reader's side of a gate ----------------------------------------------------------------------------------
+
+
+def test_masking_is_undone_also_after_an_error(net: Net, plan: ChannelPlan) -> None:
+    groups = pw.channel_groups(net, X)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="inside"), masked(net, groups, plan.keep):
+        assert (net.c.weight[:, [0, 3, 4, 6, 7]] == 0).all()
+        assert (net.a.weight == before["a.weight"]).all()
+        raise RuntimeError("inside")
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# -- widths in the user's own modules -----------------------------------------------------------------------------
+
+
+def test_integer_attributes_are_found_and_set() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.head_dim, self.width = 4, 3, 12
+            self.scale = self.head_dim**-0.5
+            self.qkv, self.out = nn.Linear(5, 36), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, t, _ = x.shape
+            q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            attention = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+            return self.out((attention @ v).transpose(1, 2).reshape(n, t, self.width))
+
+    model = Heads().double()
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    (group,) = [g for g in pw.channel_groups(model, x) if g.prunable and g.size == 4]
+    small = pw.apply_plan(model, plan_of(model, {group.name: (0, 3)}, {group.name: 4}), x)
+    assert type(small) is Heads
+    assert (small.heads, small.head_dim, small.width, small.scale) == (2, 3, 6, model.scale)
+    assert (model.heads, model.width) == (4, 12)
+
+
+def test_a_factor_that_is_a_width_too_is_not_touched() -> None:
+    class Factor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 8
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu().reshape(-1, self.width)) / self.width
+
+    model = Factor().double()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="graph module"):
+        small = pw.apply_plan(model, plan_of(model, {"a": (0, 3)}, {"a": 8}), x)
+    surgeon = Surgeon.of(model, x)
+    with masked(model, surgeon.grouping.groups, {"a": (0, 3)}), torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_number_computed_from_a_width_is_noticed_without_any_data() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h / h.shape[1] ** 0.5)
+
+    with torch.device("meta"):
+        model, x = Scaled(), torch.zeros(2, 5)
+    with pytest.warns(UserWarning, match="graph module"):
+        pw.apply_plan(model, plan_of(model, {"a": (0, 3)}, {"a": 8}), x)
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_next_step_is_that_of_the_masked_model(net: Net, plan: ChannelPlan, kind: str) -> None:
+    """After migration, a step on the small model is the step of the big masked one, restricted to what stays."""
+    optimizer = OPTIMIZERS[kind](list(net.parameters()))
+    x, y = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    net.eval()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    small = pw.apply_plan(net, plan, X)
+    surgeon = Surgeon.of(net, X)
+    big = copy.deepcopy(net)
+    big_optimizer = OPTIMIZERS[kind](list(big.parameters()))
+    big_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    pw.migrate_optimizer(optimizer, net, small, plan, X)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+    assert set(map(id, optimizer.state)) <= {id(p) for p in small.parameters()}
+    optimizer.zero_grad()
+    big_optimizer.zero_grad()
+    (small(x) - y).square().mean().backward()
+    with masked(big, surgeon.grouping.groups, plan.keep):
+        (big(x) - y).square().mean().backward()
+    optimizer.step()
+    big_optimizer.step()
+    want = surgeon.cut(big, plan.keep).state_dict()
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(value, want[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_migration_keeps_groups_settings_and_strangers(net: Net, plan: ChannelPlan) -> None:
+    stranger = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD(
+        [{"params": [net.a.weight, net.c.weight], "lr": 0.5}, {"params": [net.temperature, stranger]}], lr=0.1
+    )
+    small = pw.apply_plan(net, plan, X)
+    pw.migrate_optimizer(optimizer, net, small, plan, X)
+    first, second = optimizer.param_groups
+    assert first["lr"] == 0.5
+    assert first["params"][0] is small.a.weight
+    assert first["params"][1] is small.c.weight
+    assert second["params"][0] is small.temperature
+    assert second["params"][1] is stranger
+
+
+def test_migration_with_the_wrong_plan_is_refused(net: Net, plan: ChannelPlan) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    small = pw.apply_plan(net, plan, X)
+    other = plan_of(net, {"a": (1, 2)}, {"a": 8})
+    with pytest.raises(pw.PlanError, match="does not come from this model"):
+        pw.migrate_optimizer(optimizer, net, small, other, X)
+    assert any(p is net.a.weight for p in optimizer.param_groups[0]["params"])
