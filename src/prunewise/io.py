@@ -29,7 +29,7 @@ from prunewise._files import (
 )
 from prunewise.core import inputs as _inputs
 from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError
-from prunewise.core.graph import RebuiltModule, rebuild
+from prunewise.core.graph import RebuiltModule
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
@@ -182,10 +182,10 @@ def _rebuilt(
     attempts = [(cast, example_inputs), (cast, _as_dtype(example_inputs, dtype)), (model, example_inputs)]
     for number, (candidate, inputs) in enumerate(attempts):
         try:
-            surgeon = Surgeon.of(candidate, inputs)
-            plan.check(candidate, surgeon.grouping.groups)
+            surgeon = Surgeon.of(candidate, inputs, blocks=plan.drops_blocks)
+            plan.check(candidate, surgeon.grouping.groups, surgeon.grouping.branches)
             if weights["graph"]:
-                return _cast(rebuild(candidate, surgeon.costs, plan.keep, inputs), wanted)
+                return _cast(surgeon.rebuilt(candidate, plan.keep), wanted)
             return _cast(surgeon.cut(candidate, plan.keep), wanted)
         except Exception as error:  # the user's forward runs here, on inputs that a file describes
             if not isinstance(error, PlanError) and number + 1 < len(attempts):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from prunewise.channels.dropping import block_worth
 from prunewise.channels.latency import LatencyModel
+from prunewise.core.branches import Branch
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import NonFiniteError
 from prunewise.core.groups import ChannelGroup
@@ -31,6 +33,7 @@ class Limits:
     min_keep: int = 1
     round_to: int = 1
     latency: LatencyModel | None = None
+    branches: tuple[Branch, ...] = ()  # residual blocks that may go as a whole
 
     def totals(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Every cost by kind, with `widths[name]` units of each group; groups not named are kept whole."""
@@ -64,8 +67,13 @@ class Limits:
 
     @property
     def floors(self) -> dict[str, int]:
-        """`floor` of every group."""
-        return {g.name: self.floor(g) for g in self.groups}
+        """`floor` of every group; nothing of those in blocks that may go."""
+        return {g.name: self.floor(g) for g in self.groups} | self.without([b.name for b in self.branches])
+
+    def without(self, branches: Iterable[str]) -> dict[str, int]:
+        """The widths of all groups in these branches: zero."""
+        gone = set(branches)
+        return {name: 0 for b in self.branches if b.name in gone for name in b.groups}
 
     def met(self, widths: Mapping[str, int], slack: Mapping[str, float] | None = None) -> bool:
         """True where every cost is within its limit (or within `slack`, where given)."""
@@ -99,6 +107,7 @@ def choose_units(
     limits: Limits,
     slack: Mapping[str, float] | None = None,
     start: Mapping[str, tuple[int, ...]] | None = None,
+    masses: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Remove the units of least worth until the limits are met, then put back what still fits.
 
@@ -108,12 +117,12 @@ def choose_units(
         limits: the constraints.
         slack: looser cost limits to stop at instead (used on the way to the final ones).
         start: the units to choose from (default: all); what is not among them is gone already.
+        masses: what the blocks that may go are worth as a whole, by name (not divided by cost).
 
     Returns:
         For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the
         floors do not meet the limits, the floors.
     """
-    floors = limits.floors
     ranked = {}
     full = {}
     blocks: list[tuple[float, str, int]] = []  # (worth, group, units in the block), the first to go first
@@ -126,34 +135,47 @@ def choose_units(
         ranked[group.name] = order
         full[group.name] = len(units)
         at, running = 0, -np.inf
-        for size in _block_sizes(len(units), min(floors[group.name], len(units)), limits.round_to):
+        for size in _block_sizes(len(units), min(limits.floor(group), len(units)), limits.round_to):
             running = max(running, float(values[order[at : at + size]].mean()))
             blocks.append((running, group.name, size))
             at += size
     # Stable: among equals, the blocks of one group stay in their order.
     blocks.sort(key=lambda block: block[0])
 
-    def widths(removed: int) -> dict[str, int]:
+    whole: list[tuple[float, str, int]] = []  # whole branches; of size 0, to tell them from units
+    for branch in limits.branches:
+        if masses is not None and any(full[name] for name in branch.groups):
+            whole.append((block_worth(branch, masses[branch.name], limits, full, blocks), branch.name, 0))
+    blocks = sorted([*blocks, *whole], key=lambda block: block[0])
+
+    def removed(count: int) -> tuple[dict[str, int], set[str]]:
         result = dict(full)
-        for _, name, size in blocks[:removed]:
-            result[name] -= size
-        return result
+        for _, name, size in blocks[:count]:
+            if size:
+                result[name] -= size
+        return result, {name for _, name, size in blocks[:count] if not size}
+
+    def widths(units: dict[str, int], gone: set[str]) -> dict[str, int]:
+        return {**units, **limits.without(gone)}
 
     low, high = 0, len(blocks)
     while low < high:
         middle = (low + high) // 2
-        if limits.met(widths(middle), slack):
+        if limits.met(widths(*removed(middle)), slack):
             high = middle
         else:
             low = middle + 1
-    kept = widths(low)
+    left, gone = removed(low)
     stuck: set[str] = set()  # the blocks of a group differ in size: past one that does not fit, widths would be uneven
     for _, name, size in reversed(blocks[:low]):
-        trial = {**kept, name: kept[name] + size}
-        if name not in stuck and limits.met(trial, slack):
-            kept = trial
+        if name in stuck or (size and name in limits.without(gone)):
+            continue
+        trial = ({**left, name: left[name] + size}, gone) if size else (left, gone - {name})
+        if limits.met(widths(*trial), slack):
+            left, gone = trial
         else:
             stuck.add(name)
+    kept = widths(left, gone)
     return {name: tuple(sorted(order[len(order) - kept[name] :].tolist())) for name, order in ranked.items()}
 
 

@@ -12,7 +12,7 @@ tuning and no chase.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +74,20 @@ class GateControl:
         self.frozen = False
         self.keep: Keep = {g.name: tuple(range(g.size)) for g in limits.groups}
         self._mass = [torch.zeros(g.size, device=device) for g in limits.groups]
+        self._block_mass = [torch.zeros(1, device=device) for _ in limits.branches]
         self._weight = torch.zeros((), device=device)
         self._decay = 1 - 1 / max(10.0, schedule.memory * total_steps)
         self._every = max(1, round((schedule.close - schedule.observe) * total_steps / schedule.updates))
 
-    def observe(self, gradients: list[Tensor]) -> None:
-        """Take in ∂loss/∂gate of every group, after one backward pass (no host synchronisation).
+    def observe(self, gradients: list[Tensor], blocks: Sequence[Tensor] = ()) -> None:
+        """Take in ∂loss/∂gate of every group (and block), after one backward pass (no host synchronisation).
 
         A step whose gradients are not finite (an overflow that a gradient scaler is about to skip) does not count.
         """
         finite = torch.stack([g.isfinite().all() for g in gradients]).all()
         share = (1 - self._decay) * finite
         self._weight.mul_(1 - share).add_(share)
-        for mass, g in zip(self._mass, gradients, strict=True):
+        for mass, g in zip([*self._mass, *self._block_mass], [*gradients, *blocks], strict=True):
             square = torch.where(finite, g.detach().to(mass.dtype) ** 2, 0.0)
             mass.mul_(1 - share).add_(square * share)
 
@@ -127,15 +128,20 @@ class GateControl:
             if ranks is not None:
                 # What a closed gate sees is no measure of the layer's need: only the open ones' masses are
                 # handed out.
-                units = np.array(self.keep[group.name])
+                units = np.array(self.keep[group.name], dtype=np.int64)
                 values[units] = in_order_of(values[units], ranks[group.name][units])
             worth[group.name] = values
-        return choose_units(worth, self.limits, slack, self.keep)
+        masses = {
+            b.name: float(m) / max(seen, 1e-30) for b, m in zip(self.limits.branches, self._block_mass, strict=True)
+        }
+        return choose_units(worth, self.limits, slack, self.keep, masses)
 
     def shrink(self, limits: Limits) -> None:
         """Go on with the groups of the network without its closed channels, those of more than one unit."""
         masses = {g.name: mass for g, mass in zip(self.limits.groups, self._mass, strict=True)}
         self._mass = [masses[g.name][list(self.keep[g.name])] for g in limits.groups]
+        blocks = {b.name: mass for b, mass in zip(self.limits.branches, self._block_mass, strict=True)}
+        self._block_mass = [blocks[b.name] for b in limits.branches]
         self.keep = {g.name: tuple(range(g.size)) for g in limits.groups}
         self.limits = limits
 
@@ -146,6 +152,7 @@ class GateControl:
             "frozen": self.frozen,
             "keep": {name: list(kept) for name, kept in self.keep.items()},
             "mass": [m.clone() for m in self._mass],
+            "block_mass": [m.clone() for m in self._block_mass],
             "weight": self._weight.clone(),
         }
 
@@ -153,6 +160,7 @@ class GateControl:
         """Go on from `state_dict()`."""
         self.step, self.frozen = int(state["step"]), bool(state["frozen"])
         self.keep = {name: tuple(kept) for name, kept in state["keep"].items()}
-        for mass, saved in zip(self._mass, state["mass"], strict=True):
+        saved_masses = [*state["mass"], *state.get("block_mass", [])]
+        for mass, saved in zip([*self._mass, *self._block_mass], saved_masses, strict=True):
             mass.copy_(saved)
         self._weight.copy_(state["weight"])

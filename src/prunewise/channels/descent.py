@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ class DescentControl(GateControl):
         self._w: list[Tensor] = []
         self._velocity: list[Tensor] = []
 
-    def observe(self, gradients: list[Tensor]) -> None:
+    def observe(self, gradients: list[Tensor], blocks: Sequence[Tensor] = ()) -> None:
         """Move every gate one step (momentum 0.9)."""
-        super().observe(gradients)
+        super().observe(gradients, blocks)
         if not self._w:
             self._start(gradients)
         if self.frozen:

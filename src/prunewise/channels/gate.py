@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,11 @@ def gate(w: Tensor, shaping: Shaping = constant) -> Tensor:
 class Gates:
     """The gate parameters of a session, shared by reference with every gated weight (and its copies)."""
 
-    def __init__(self, sizes: list[int], device: torch.device, shaping: Shaping, initial: float) -> None:
+    def __init__(
+        self, sizes: list[int], device: torch.device, shaping: Shaping, initial: float, blocks: int = 0
+    ) -> None:
         self.values = [nn.Parameter(torch.full((n,), initial, device=device)) for n in sizes]
+        self.blocks = [nn.Parameter(torch.full((1,), initial, device=device)) for _ in range(blocks)]
         self.shaping = shaping
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
@@ -82,7 +85,7 @@ class Gates:
 
 
 class GatedWeight(nn.Module):
-    """Parametrization: a weight times the gates of the channels that it reads."""
+    """Parametrization: a weight times the gates of the channels that it reads, and of the blocks that it ends."""
 
     _prunewise_gate = True
 
@@ -94,8 +97,10 @@ class GatedWeight(nn.Module):
         sizes: list[int],
         ndim: int,
         order: list[str],
+        blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self._blocks = list(blocks)  # the branches that this weight turns on and off as a whole
         self.order = order  # names of the parameters of the gated module, as they were
         self._gates = gates
         self._groups: list[list[int]] = []  # for each site: the groups whose channels it reads
@@ -128,4 +133,7 @@ class GatedWeight(nn.Module):
                     index[mask.device] = next(iter(index.values())).to(mask.device)
                 mask = mask.index_select(0, index[mask.device])
             weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view(shape)
+        for block in self._blocks:
+            mask = gate(self._gates.blocks[block], self._gates.shaping)
+            weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())
         return weight

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 from prunewise.core.trace import as_call
@@ -85,6 +86,8 @@ def taylor(
     *,
     data: Iterable[Any],
     loss: Callable[..., Tensor] | None = None,
+    branches: Sequence[Branch] = (),
+    masses: dict[str, float] | None = None,
 ) -> dict[str, Scores]:
     """Fisher mass of each unit's gate: mean over batches of (∂loss/∂gate)².
 
@@ -96,6 +99,8 @@ def taylor(
         groups: the groups to score.
         data: batches (inputs, targets), or batches that `loss` understands.
         loss: loss(model, batch) → scalar; default: cross-entropy of model(inputs) against targets.
+        branches: residual blocks to score as a whole, by the gate on their last affine parameters.
+        masses: takes the scores of the branches, by name.
 
     Source: Molchanov et al. 2019, arXiv 1906.10771; squared as there.
 
@@ -103,11 +108,13 @@ def taylor(
         PlanError: no batch was given.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    names = sorted({m.name for g in groups for m in g.members if m.role == "in"})
+    read = {m.name for g in groups for m in g.members if m.role == "in"}
+    names = sorted(read | {n for b in branches for n in b.parameters})
     watched = [tensors[n] for n in names]
     needed = [p.requires_grad for p in watched]
     modes = [(m, m.training) for m in model.modules()]
     scores = {g.name: np.zeros(g.size) for g in groups}
+    totals = {b.name: 0.0 for b in branches}
     batches = 0
     try:
         model.eval()
@@ -125,6 +132,9 @@ def taylor(
                         product = (gradient * tensors[member.name].detach()).double()
                         signed += _reduced(product, member.dim, member.indices, mean=False)
                 scores[group.name] += signed**2
+            for branch in branches:
+                found = [(gradients[n], tensors[n].detach()) for n in branch.parameters if gradients[n] is not None]
+                totals[branch.name] += sum(float((g * p).sum()) for g, p in found) ** 2
     finally:
         for p, need in zip(watched, needed, strict=True):
             p.requires_grad_(need)
@@ -132,6 +142,8 @@ def taylor(
             module.training = mode
     if not batches:
         raise PlanError("importance 'taylor' needs data: batches of (inputs, targets)")
+    if masses is not None:
+        masses.update({name: value / batches for name, value in totals.items()})
     return {name: value / batches for name, value in scores.items()}
 
 
@@ -141,14 +153,17 @@ def hybrid(
     *,
     data: Iterable[Any],
     loss: Callable[..., Tensor] | None = None,
+    branches: Sequence[Branch] = (),
+    masses: dict[str, float] | None = None,
 ) -> dict[str, Scores]:
     """Taylor masses, handed to the units of each group in the order of their magnitude.
 
     Gradients tell better how many units a layer needs, magnitudes which ones (measured in benchmarks/).
     Arguments and errors as for `taylor`.
     """
-    masses, ranks = taylor(model, groups, data=data, loss=loss), magnitude(model, groups)
-    return {name: in_order_of(values, ranks[name]) for name, values in masses.items()}
+    units = taylor(model, groups, data=data, loss=loss, branches=branches, masses=masses)
+    ranks = magnitude(model, groups)
+    return {name: in_order_of(values, ranks[name]) for name, values in units.items()}
 
 
 def in_order_of(masses: Scores, ranks: Scores) -> Scores:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from prunewise.channels import importance as imp
 from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores, choose_units
+from prunewise.channels.dropping import droppable
 from prunewise.channels.latency import LatencyModel
+from prunewise.core.blocks import with_branches
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, NonFiniteError, NoPrunableGroupError, PlanError
-from prunewise.core.groups import ChannelGroup, Choice, select
+from prunewise.core.groups import Choice, select
 from prunewise.core.inputs import describe
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import is_gated
@@ -39,6 +41,7 @@ def plan_channels(
     min_keep: int = 1,
     round_to: int = 1,
     seed: int = 0,
+    drop_blocks: bool = False,
 ) -> ChannelPlan:
     """Choose channels to keep in one shot, without training.
 
@@ -55,6 +58,8 @@ def plan_channels(
         data, loss: batches and loss for "taylor" and "hybrid"; see `importance.taylor`.
         include, exclude: names, shell patterns or a callable that select groups.
         min_keep: no group keeps fewer units.
+        drop_blocks: residual blocks may go as a whole, where what they are worth per cost is least; only with
+            "global" allocation and `min_keep` 1.
         round_to: kept widths are multiples of this (or the full width).
 
     Returns:
@@ -74,11 +79,22 @@ def plan_channels(
     """
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
-    costs = CostModel.of(model, example_inputs)
-    limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)
-    scores = _score(model, limits.groups, importance, data, loss, seed)
     if allocation is None:
         allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
+    if drop_blocks and allocation == "uniform":
+        raise PlanError(
+            "drop_blocks=True needs allocation='global' (as importance='taylor' has it): 'uniform' keeps all"
+        )
+    costs = CostModel.of(model, example_inputs)
+    if drop_blocks:
+        costs = CostModel(with_branches(costs.grouping, model, example_inputs))
+    limits = limits_for(
+        model, costs, budget, include, exclude, min_keep, round_to, example_inputs, drop_blocks=drop_blocks
+    )
+    masses: dict[str, float] = {}
+    scores = _score(model, limits, importance, data, loss, seed, masses)
+    for branch in limits.branches:  # an importance of units alone: the sum over the group that closes the block
+        masses.setdefault(branch.name, min(float(np.sum(scores[name])) for name in branch.cuts))
     if allocation == "uniform":
         worth = {name: rank_share(values) for name, values in scores.items()}
     elif allocation == "global":
@@ -87,7 +103,7 @@ def plan_channels(
     else:
         raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
-    keep = choose_units(worth, limits)
+    keep = choose_units(worth, limits, masses=masses)
     notes = {"importance": name, "allocation": allocation, **limits.notes(keep)}
     return make_plan(fingerprint(model), costs, keep, notes, example_inputs)
 
@@ -101,6 +117,8 @@ def limits_for(
     min_keep: int,
     round_to: int,
     example_inputs: Inputs = None,
+    *,
+    drop_blocks: bool = False,
 ) -> Limits:
     """The limits of a choice, checked to be reachable. A latency budget needs the example inputs, to measure on."""
     if min_keep < 1 or round_to < 1:
@@ -117,7 +135,12 @@ def limits_for(
         latency.check(costs)
     elif budget.latency_ms is not None:
         latency = LatencyModel.of(costs, model, example_inputs, budget.device)
-    limits = Limits(costs, tuple(groups), {}, min_keep, round_to, latency)
+    branches = droppable(costs.grouping.branches, groups, min_keep) if drop_blocks else ()
+    if branches and latency is not None:
+        raise PlanError(
+            "drop_blocks=True does not go with a latency budget: what a dropped block saves is not measured"
+        )
+    limits = Limits(costs, tuple(groups), {}, min_keep, round_to, latency, branches)
     absolute = budget.check_reachable(costs, groups, limits.floors, latency)
     return replace(limits, absolute=absolute)
 
@@ -153,16 +176,18 @@ def rank_share(scores: Scores) -> Scores:
 
 
 def _score(
-    model: nn.Module, groups: tuple[ChannelGroup, ...], importance: str | imp.Importance, data: Iterable[Any] | None,
-    loss: Callable[..., Tensor] | None, seed: int,
+    model: nn.Module, limits: Limits, importance: str | imp.Importance, data: Iterable[Any] | None,
+    loss: Callable[..., Tensor] | None, seed: int, masses: dict[str, float],
 ) -> Mapping[str, Scores]:  # fmt: skip
+    blocks: Any = {"branches": limits.branches, "masses": masses}
     known: dict[str, imp.Importance] = {
         "magnitude": imp.magnitude,
         "bn_scale": imp.bn_scale,
         "random": partial(imp.random, seed=seed),
-        "taylor": partial(imp.taylor, data=() if data is None else data, loss=loss),
-        "hybrid": partial(imp.hybrid, data=() if data is None else data, loss=loss),
+        "taylor": partial(imp.taylor, data=() if data is None else data, loss=loss, **blocks),
+        "hybrid": partial(imp.hybrid, data=() if data is None else data, loss=loss, **blocks),
     }
+    groups = limits.groups
     if callable(importance):
         scores = importance(model, groups)
     elif importance in known:

@@ -15,9 +15,11 @@ from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores
 from prunewise.channels.control import GateControl, Keep, Schedule
 from prunewise.channels.descent import DescentControl
+from prunewise.channels.dropping import droppable
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan
+from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import Choice
@@ -45,6 +47,7 @@ def attach_gates(
     initial: float = 1.0,
     shrink_every: int | None = None,
     control: Literal["fisher", "descent"] = "fisher",
+    drop_blocks: bool = False,
 ) -> GateSession:
     """Put trainable gates on every removable channel of `model`.
 
@@ -65,6 +68,8 @@ def attach_gates(
         initial: start value of the gate parameters, ≥ 0 (open).
         control: how gates are learnt: "fisher" measures with their gradients what each layer needs (the
             default, the best measured); "descent" moves them by plain gradient descent, as the paper does.
+        drop_blocks: residual blocks may go as a whole, where what they are worth per cost is least (needs
+            `min_keep` 1 and the "fisher" control).
         shrink_every: remove closed channels for good every so many steps, so that training gets faster as it
             prunes. The model is shrunk in place (modules stay the same objects, parameters are new); `step()`
             then needs the optimizer, whose state is sliced along.
@@ -95,11 +100,15 @@ def attach_gates(
         raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
-    surgeon = Surgeon.of(model, example_inputs)
-    limits = limits_for(model, surgeon.costs, budget, include, exclude, min_keep, round_to, example_inputs)
+    if drop_blocks and control != "fisher":
+        raise PlanError(f"drop_blocks=True needs control='fisher', not {control!r}: it measures what a block is worth")
+    surgeon = Surgeon.of(model, example_inputs, blocks=drop_blocks)
+    limits = limits_for(
+        model, surgeon.costs, budget, include, exclude, min_keep, round_to, example_inputs, drop_blocks=drop_blocks
+    )
     require_unshared(model)
     device = next(model.parameters()).device
-    gates = Gates([g.size for g in limits.groups], device, shaping, initial)
+    gates = Gates([g.size for g in limits.groups], device, shaping, initial, len(limits.branches))
     plan = schedule or Schedule()
     if control == "fisher":
         steering = GateControl(limits, total_steps, plan, device)
@@ -149,8 +158,11 @@ class GateSession:
         return bool(self._owners)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The gate parameters, one vector a group. An optimizer may hold them (without weight decay); it need not."""
-        return iter(self._gates.values)
+        """The gate parameters: one vector a group, one number a block that may go.
+
+        An optimizer may hold them (without weight decay); it need not.
+        """
+        return iter([*self._gates.values, *self._gates.blocks])
 
     def penalty(self) -> Tensor:
         """λ · (cost / full cost − target), summed over the budget's kinds: what the gates still owe.
@@ -184,8 +196,9 @@ class GateSession:
                 "gates.step(), and do not "
                 "clear the gates' gradients in between"
             )
-        self.control.observe(gradients)
-        for value in self._gates.values:
+        blocks = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.blocks]
+        self.control.observe(gradients, blocks)
+        for value in self.parameters():
             value.grad = None
         if self.control.update():
             self._show(self.control.keep)
@@ -217,7 +230,7 @@ class GateSession:
         self._owners = []
         try:
             small = self._surgeon.cut(self.model, keep)
-            surgeon = Surgeon.of(small, self._surgeon.example_inputs)
+            surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
             limits = self._limits_after(surgeon, keep)
         except (VerificationError, PlanError) as error:
             warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
@@ -233,7 +246,9 @@ class GateSession:
         self.control.shrink(limits)
         self._surgeon = surgeon
         device = next(self.model.parameters()).device
-        self._gates = Gates([g.size for g in limits.groups], device, self._gates.shaping, self._initial)
+        self._gates = Gates(
+            [g.size for g in limits.groups], device, self._gates.shaping, self._initial, len(limits.branches)
+        )
         self._attach()
         return True
 
@@ -251,7 +266,9 @@ class GateSession:
         if not groups:
             raise PlanError("no group has more than one unit left")
         latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
-        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency)
+        names = {b.name for b in old.branches}
+        branches = [b for b in droppable(surgeon.grouping.branches, groups, old.min_keep) if b.name in names]
+        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches))
 
     def cost(self) -> Cost:
         """What the network costs as gated now."""
@@ -264,6 +281,7 @@ class GateSession:
             known = {g.name: g.size for g in self.control.limits.groups}
             if known.get(name) != size:
                 raise PlanError(f"the plan is for a group {name!r} of {size} units, which has no gates here")
+        check_keep(plan.keep, self.control.limits.branches)
         self.control.keep = {g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups}
         self._show(self.control.keep)
 
@@ -343,11 +361,13 @@ class GateSession:
             VerificationError: `forward` gets at some weight otherwise than by attribute; the model is left ungated.
         """
         keep = {g.name: tuple(range(0, g.size, 2)) for g in self.control.limits.groups}
+        branches = self.control.limits.branches
+        keep.update({name: () for branch in branches[::2] for name in branch.groups})
         inputs = self._surgeon.example_inputs
         if any(p.is_meta for p in self.model.parameters()):
             self._attach()
             return
-        with masked(self.model, self.control.limits.groups, keep):
+        with masked(self.model, self.control.limits.groups, keep, branches):
             want = outputs(self.model, inputs, False)
         self._attach()
         self._show(keep)
@@ -385,11 +405,16 @@ class GateSession:
                     names[f"{path}.{leaf}" if path else leaf] = tensor
         self._weights = dict(names)
         orders: dict[nn.Module, list[str]] = {}
-        for name, sites in by_name.items():
+        blocks: dict[str, list[int]] = {}
+        for number, branch in enumerate(self.control.limits.branches):
+            for name in branch.parameters:
+                blocks.setdefault(name, []).append(number)
+        for name in dict.fromkeys([*by_name, *blocks]):
+            sites, ends = by_name.get(name, []), blocks.get(name, [])
             weight = names[name]
             for module, leaf in places[id(weight)]:
                 order = orders.setdefault(module, list(module._parameters))
-                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim(), order).to(weight.device)
+                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim(), order, ends).to(weight.device)
                 gated.train(module.training)
                 parametrize.register_parametrization(module, leaf, gated, unsafe=True)
                 self._owners.append((module, leaf))
@@ -400,6 +425,8 @@ class GateSession:
             for group, value in zip(self.control.limits.groups, self._gates.values, strict=True):
                 index = torch.tensor(keep[group.name], dtype=torch.int64, device=value.device)
                 value.fill_(-self._initial).index_fill_(0, index, self._initial)
+            for branch, value in zip(self.control.limits.branches, self._gates.blocks, strict=True):
+                value.fill_(-self._initial if branch.dropped(keep) else self._initial)
 
     def _require_attached(self) -> None:
         if not self.attached:

@@ -6,6 +6,7 @@ such sizes. Both are read off the trace, so the cost of a pruned network is know
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.labels import Block, Layout
 from prunewise.core.structure import Pass, analyse
-from prunewise.core.trace import Inputs, Op, Ref
+from prunewise.core.trace import Inputs, Op, Ref, Trace
 
 # A factor of a product: (tensor id, dimension), or a constant.
 Factor = tuple[int, int] | int
@@ -103,12 +104,16 @@ class CostModel:
         self._alive: list[npt.NDArray[np.int64]] = []
         self._form(1, {})
         self._terms = {"macs": _Terms(), "params": _Terms(), "activation_bytes": _Terms()}
+        # Branches that can be dropped, innermost first; the gate of number i is factor -1 - i.
+        self._branches = sorted((b for b in grouping.branches if not b.reason), key=lambda b: len(b.inside))
+        column = {g.name: i for i, g in enumerate(self.groups)}
+        self._cuts = [[column[name] for name in b.cuts] for b in self._branches]
         self._collect_params()
         self._collect_ops(grouping.structure.passes[0])
         matrix = np.zeros((len(self._rows), len(self.groups)))
         for i, (_, counts) in enumerate(self._rows):
-            for column, count in counts.items():
-                matrix[i, column] = count
+            for k, count in counts.items():
+                matrix[i, k] = count
         self._matrix = torch.from_numpy(matrix)
         self._constant = torch.tensor([float(c) for c, _ in self._rows], dtype=torch.float64)
         self._merged = {kind: _merge(terms) for kind, terms in self._terms.items()}
@@ -128,6 +133,7 @@ class CostModel:
         """Cost with `kept[name]` units of each group; groups not named are kept whole."""
         numbers = [int(kept.get(g.name, g.size)) for g in self.groups]
         sizes = [c + sum(n * numbers[k] for k, n in counts.items()) for c, counts in self._rows]
+        sizes += [min(1, *(numbers[k] for k in cuts)) for cuts in reversed(self._cuts)]  # found by factors -1, -2, …
         totals = {}
         layers: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(self._terms, 0))
         for kind, terms in self._terms.items():
@@ -153,7 +159,11 @@ class CostModel:
             float64 scalar on the device of `kept`.
         """
         matrix, constant, index, coefficients = self._on(kind, kept.device)
-        sizes = matrix @ kept.to(torch.float64) + constant
+        kept = kept.to(torch.float64)
+        sizes = matrix @ kept + constant
+        if self._cuts:
+            gates = [kept[cuts].min().clamp(max=1) for cuts in reversed(self._cuts)]
+            sizes = torch.cat([sizes, torch.stack(gates)])
         return (coefficients * sizes[index].prod(dim=1)).sum()
 
     def size_form(self, layout: Layout, dim: int) -> tuple[int, tuple[tuple[str, int], ...]]:
@@ -247,24 +257,63 @@ class CostModel:
                 layout = structure.flow.state[info.name]
                 factors: list[Factor] = [(index, d) for d in range(len(info.shape))]
                 forms, coefficient = self._product({index: layout}, None, factors)
-                self._terms["params"].add(forms, coefficient, info.name.rpartition(".")[0])
+                gate = tuple(-1 - i for i, b in enumerate(self._branches) if info.name in b.gone)[:1]
+                self._terms["params"].add(forms + gate, coefficient, info.name.rpartition(".")[0])
 
     def _collect_ops(self, each: Pass) -> None:
         def shape(tensor: int) -> tuple[int, ...]:
             return each.trace.tensors[tensor].shape
 
         for op in each.trace.ops:
-            for factors in _macs(op, shape):
-                self._terms["macs"].add(*self._product(each.layouts, shape, factors), op.module)
-            if any(r.alias_info is not None for r in op.func._schema.returns) or op.name == "_unsafe_view":
+            gate = self._gate(op)
+            for factors in multiply_adds(op, shape):
+                forms, coefficient = self._product(each.layouts, shape, factors)
+                self._terms["macs"].add(forms + gate, coefficient, op.module)
+            if not _writes(op):
                 continue
             for index in op.outputs:
                 info = each.trace.tensors[index]
                 factors = [info.dtype.itemsize, *((index, d) for d in range(len(info.shape)))]
-                self._terms["activation_bytes"].add(*self._product(each.layouts, shape, factors), op.module)
+                forms, coefficient = self._product(each.layouts, shape, factors)
+                self._terms["activation_bytes"].add(forms + gate, coefficient, op.module)
+        self._collect_zeros(each)
+
+    def _gate(self, op: Op) -> tuple[int, ...]:
+        """The gate of the innermost branch that the operation changes or goes with."""
+        for i, branch in enumerate(self._branches):
+            if op.index in branch.gone_ops or op.index in branch.carried:
+                return (-1 - i,)
+        return ()
+
+    def _collect_zeros(self, each: Pass) -> None:
+        """What dropped branches still write: zeros like their input."""
+        for i, branch in enumerate(self._branches):
+            like = each.trace.tensors[branch.entry]
+            around = tuple(-1 - j for j, b in enumerate(self._branches) if branch.inside < b.inside)[:1]
+            written = [(branch.fresh * like.dtype.itemsize, branch.stubs[0].path)]
+            for index in sorted(branch.carried):
+                op = each.trace.ops[index]
+                if _writes(op):
+                    written.append((each.trace.tensors[op.outputs[0]].dtype.itemsize, op.module))
+            for size, module in written:
+                factors: list[Factor] = [size, *((branch.entry, d) for d in range(len(like.shape)))]
+                forms, coefficient = self._product(each.layouts, lambda t: each.trace.tensors[t].shape, factors)
+                self._terms["activation_bytes"].add(forms + around, coefficient, module)
+                self._terms["activation_bytes"].add((*forms, -1 - i), -coefficient, module)
 
 
-def _macs(op: Op, shape: Any) -> list[list[Factor]]:
+def _writes(op: Op) -> bool:
+    """True where an operation writes new tensors."""
+    return op.name != "_unsafe_view" and all(r.alias_info is None for r in op.func._schema.returns)
+
+
+def writes(op: Op, trace: Trace) -> int:
+    """How many bytes an operation writes."""
+    outputs = [trace.tensors[i] for i in op.outputs] if _writes(op) else []
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in outputs)
+
+
+def multiply_adds(op: Op, shape: Any) -> list[list[Factor]]:
     """The multiply-adds of one operation, as products of tensor sizes."""
     a = op.args
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from prunewise.core.labels import LabelArray, Layout
 from prunewise.core.rules.contract import KERNEL
 from prunewise.core.structure import Structure, analyse
 from prunewise.core.trace import Inputs
+
+if TYPE_CHECKING:
+    from prunewise.core.branches import Branch
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Grouping:
     groups: list[ChannelGroup]
     roots: LabelArray  # class id -> root label, sorted
     group_of: npt.NDArray[np.int64]  # class id -> index into groups; -1: not a channel
+    branches: tuple[Branch, ...] = ()  # residual branches, where they were looked for (`core.blocks`)
 
     def classes(self, labels: LabelArray) -> npt.NDArray[np.int64]:
         """Class ids of labels; -1 for those that own nothing of any parameter or buffer."""

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from prunewise.core.blocks import with_branches
+from prunewise.core.branches import Dropped
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import find_groups
 from prunewise.core.plan import ChannelPlan
@@ -34,22 +36,34 @@ def migrate_optimizer(
         PlanError: `plan` is not the one that leads from `model` to `small`.
     """
     grouping = find_groups(analyse(model, example_inputs))
-    plan.check(model, grouping.groups)
+    if plan.drops_blocks:
+        grouping = with_branches(grouping, model, example_inputs)
+    plan.check(model, grouping.groups, grouping.branches)
     move_optimizer(optimizer, model, small, state_slices(grouping, plan.keep))
 
 
 def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, slices: Slices) -> None:
     """`migrate_optimizer` with the slices at hand."""
-    new = dict(small.named_parameters())
+    new = dict(small.named_parameters(remove_duplicate=False))
+    stubs = tuple(f"{name}." for name, m in small.named_modules(remove_duplicate=False) if isinstance(m, Dropped))
+    gone: set[Tensor] = set()
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     moves: dict[Tensor, tuple[Tensor, Mapping[int, npt.NDArray[np.int64]]]] = {}
     for name, p in model.named_parameters():
-        target, dims = new.get(name), slices.get(name, {})
+        dims = slices.get(name, {})
+        target = next((new[n] for n in names[p] if n in new), None)
+        if target is None and all(n.startswith(stubs) for n in names[p]):  # it went with a block
+            gone.add(p)
+            optimizer.state.pop(p, None)
+            continue
         shape = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(p.shape))
         if target is None or tuple(target.shape) != shape:
             raise PlanError(f"parameter {name!r} of the small model does not come from this model by this plan")
         moves[p] = (target, dims)
     for group in optimizer.param_groups:
-        group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
+        group["params"] = [moves[p][0] if p in moves else p for p in group["params"] if p not in gone]
     for before, (after, cut) in moves.items():
         state = optimizer.state.pop(before, None)
         if state is not None:

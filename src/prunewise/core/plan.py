@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from prunewise.core import inputs as _inputs
+from prunewise.core.branches import Branch, check_keep
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 
@@ -23,7 +24,8 @@ class ChannelPlan:
     """Which units of each channel group stay.
 
     Attributes:
-        keep: for each group that loses units, the indices of those that stay, ascending; at least one.
+        keep: for each group that loses units, the indices of those that stay, ascending; at least one,
+            or none in all groups of a residual block that is dropped as a whole.
         sizes: the original size of every group in `keep`.
         fingerprint: identifies the architecture (names and shapes of parameters and buffers).
         cost_before, cost_after: totals, as `Cost.as_dict()` gives them.
@@ -92,8 +94,13 @@ class ChannelPlan:
         texts = {str(k): str(v) for k, v in notes.items()}
         return cls(keep, sizes, fingerprint, costs[0], costs[1], texts, inputs)
 
-    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
-        """Raise `PlanError` where the plan is not one for this model."""
+    @property
+    def drops_blocks(self) -> bool:
+        """True where a group keeps nothing: residual blocks go as a whole."""
+        return any(not kept for kept in self.keep.values())
+
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup], branches: Sequence[Branch] = ()) -> None:
+        """Raise `PlanError` where the plan is not one for this model; `branches` are the blocks that may be dropped."""
         if self.fingerprint != fingerprint(model):
             raise PlanError(
                 f"the plan is for another model than this {type(model).__name__}: names or shapes of parameters "
@@ -109,6 +116,7 @@ class ChannelPlan:
             if not group.prunable and len(kept) < group.size:
                 raise PlanError(f"the plan removes units of {name!r}, which must stay: {group.reason}")
             _check_kept(name, kept, group.size)
+        check_keep(self.keep, branches)
 
 
 def _is_count(value: Any) -> bool:
@@ -116,8 +124,6 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_kept(name: str, kept: Sequence[Any], size: int) -> None:
-    if not kept:
-        raise PlanError(f"group {name!r}: nothing is kept; at least one unit must stay")
     if not all(_is_count(i) and i < size for i in kept):
         raise PlanError(f"group {name!r}: kept units should be indices in [0, {size})")
     if any(b <= a for a, b in pairwise(kept)):

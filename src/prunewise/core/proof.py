@@ -46,7 +46,7 @@ def _difference(
     example_inputs: Inputs,
     training: bool,
 ) -> float:
-    with masked(model, grouping.groups, keep):
+    with masked(model, grouping.groups, keep, grouping.branches):
         want = outputs(model, example_inputs, training)
     got = outputs(small, example_inputs, training)
     return compare(want, got, f"the small model ({'train' if training else 'eval'} mode)")

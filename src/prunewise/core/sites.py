@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 
 from prunewise.core.groups import ChannelGroup
+
+if TYPE_CHECKING:
+    from prunewise.core.branches import Branch
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,16 @@ def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ..
 
 
 @contextmanager
-def masked(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """While active, `model` computes what the network without the other units would; weights are put back after."""
+def masked(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    keep: Mapping[str, Sequence[int]],
+    branches: Sequence[Branch] = (),
+) -> Iterator[None]:
+    """While active, `model` computes what the network without the other units would; weights are put back after.
+
+    Of `branches`, those that lose all their units give zero.
+    """
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
@@ -63,6 +75,10 @@ def masked(model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, 
                         before.append((weight, weight.detach().clone()))
                         index = torch.from_numpy(member.indices[gone].reshape(-1)).to(weight.device)
                         weight.index_fill_(member.dim, index, 0)
+            for branch in branches:
+                for name in branch.parameters if branch.dropped(keep) else ():
+                    before.append((tensors[name], tensors[name].detach().clone()))
+                    tensors[name].zero_()
         yield
     finally:
         with torch.no_grad():

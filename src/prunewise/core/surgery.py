@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
+from prunewise.core.blocks import with_branches
+from prunewise.core.branches import Dropped, check_keep, drop, translate
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
 from prunewise.core.graph import rebuild
@@ -32,9 +34,12 @@ class Surgeon:
     example_inputs: Inputs
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Inputs) -> Surgeon:
-        """Trace `model`."""
-        return cls(CostModel(find_groups(analyse(model, example_inputs))), example_inputs)
+    def of(cls, model: nn.Module, example_inputs: Inputs, *, blocks: bool = False) -> Surgeon:
+        """Trace `model`; with `blocks`, find the residual branches that can be dropped as well."""
+        grouping = find_groups(analyse(model, example_inputs))
+        if blocks:
+            grouping = with_branches(grouping, model, example_inputs)
+        return cls(CostModel(grouping), example_inputs)
 
     @property
     def grouping(self) -> Grouping:
@@ -50,6 +55,8 @@ class Surgeon:
         Raises:
             VerificationError: neither way gives a network that computes what the masked one does.
         """
+        if any(not len(kept) for kept in keep.values()):
+            return self._cut_blocks(model, keep)
         small = _copy(model)
         slices = state_slices(self.grouping, keep)
         slice_state(small, slices)
@@ -69,6 +76,26 @@ class Surgeon:
             stacklevel=3,
         )
         return rebuild(model, self.grouping, keep, self.example_inputs)
+
+    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], *, graph: bool = False) -> nn.Module:
+        """First the blocks go, then the rest is cut like any model."""
+        grouping = self.grouping
+        if not grouping.branches:
+            grouping = with_branches(grouping, model, self.example_inputs)
+        check_keep(keep, grouping.branches)
+        shallow = _copy(model)
+        drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
+        rest = Surgeon.of(shallow, self.example_inputs)
+        left = translate(grouping, rest.grouping, keep)
+        small = rest.rebuilt(shallow, left) if graph else rest.cut(shallow, left)
+        check_equal(model, small, grouping, keep, self.example_inputs)
+        return small
+
+    def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """As `cut`, but a graph module in any case."""
+        if any(not len(kept) for kept in keep.values()):
+            return self._cut_blocks(model, keep, graph=True)
+        return rebuild(model, self.costs, keep, self.example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
@@ -99,8 +126,8 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
     require_unshared(model)
-    surgeon = Surgeon.of(model, example_inputs)
-    plan.check(model, surgeon.grouping.groups)
+    surgeon = Surgeon.of(model, example_inputs, blocks=plan.drops_blocks)
+    plan.check(model, surgeon.grouping.groups, surgeon.grouping.branches)
     return surgeon.cut(model, plan.keep)
 
 
@@ -164,10 +191,17 @@ def _set_own_widths(module: nn.Module) -> None:
 def graft(model: nn.Module, small: nn.Module) -> None:
     """Give `model` the tensors and widths of its cut copy `small`. Modules stay the same objects."""
     copies = dict(small.named_modules(remove_duplicate=False))
+    stubs = tuple(f"{name}." for name, copied in copies.items() if isinstance(copied, Dropped))
     for name, module in list(model.named_modules()):
+        if name not in copies and name.startswith(stubs):
+            continue  # it went with a block
         copied = copies[name]
         module.__class__ = copied.__class__
-        vars(module).update({k: v for k, v in vars(copied).items() if k != "_modules"})
+        if isinstance(copied, Dropped):
+            vars(module).clear()
+            vars(module).update(vars(copied))
+        else:
+            vars(module).update({k: v for k, v in vars(copied).items() if k != "_modules"})
 
 
 def require_unshared(model: nn.Module) -> None:

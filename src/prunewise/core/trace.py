@@ -15,8 +15,8 @@ import sys
 import sysconfig
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -146,6 +146,11 @@ class Recorder(TorchDispatchMode):
         alive = [weakref.ref(t) for t in self._alive]
         self._alive.clear()
         return alive
+
+    def known(self, tensor: Tensor) -> int | None:
+        """The id of a tensor that was seen; None for any other."""
+        index = self._ids.get(tensor)
+        return None if index is None else int(index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -314,9 +319,16 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
 
 
 def record_partly(
-    model: nn.Module, example_inputs: Inputs, *, training: bool = False
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    training: bool = False,
+    watch: Callable[[Recorder], AbstractContextManager[None]] | None = None,
 ) -> tuple[Trace, TraceError | None]:
-    """As `record`; where the forward pass fails, what was recorded so far and the error."""
+    """As `record`; where the forward pass fails, what was recorded so far and the error.
+
+    `watch` is entered around the forward pass, to look on as the recorder works.
+    """
     args, kwargs = as_call(example_inputs)
     trace = Trace()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -356,7 +368,7 @@ def record_partly(
         while given:  # no name may hold a fake tensor after the trace
             recorder.register(given.pop(0), "input")
         try:
-            with fake, recorder:
+            with fake, recorder, watch(recorder) if watch else nullcontext():
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         except Exception as error:
             failure = TraceError(
