@@ -58,7 +58,9 @@ def test_never_over_and_nothing_left_out_that_fits(case: tuple[dict[str, np.ndar
         if gone:  # within a group the best stay, ties go to the lower index
             assert min(values[list(units)]) >= max(values[gone])
             last = min(values[list(units)])
-            assert max([u for u in units if values[u] == last]) < min([u for u in gone if values[u] == last], default=99)
+            assert max([u for u in units if values[u] == last]) < min(
+                [u for u in gone if values[u] == last], default=99
+            )
     possible = feasible(limits)
     if not possible:
         assert widths == {g.name: limits.floor(g) for g in limits.groups}

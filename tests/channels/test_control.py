@@ -20,7 +20,9 @@ from prunewise.core.cost import CostModel
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    return nn.Sequential(
+        nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
 
 
 MODEL = net()
@@ -90,7 +92,9 @@ def test_what_matters_stays() -> None:
     c = control(pw.Budget(macs=0.45))
     useful = {g.name: set(range(0, g.size, 2)) for g in c.limits.groups}
     for _ in range(40):
-        c.observe([torch.tensor([1.0 if u in useful[g.name] else 1e-4 for u in range(g.size)]) for g in c.limits.groups])
+        c.observe(
+            [torch.tensor([1.0 if u in useful[g.name] else 1e-4 for u in range(g.size)]) for g in c.limits.groups]
+        )
         c.update()
     for group in c.limits.groups:
         kept = set(c.keep[group.name])

@@ -26,7 +26,9 @@ WEIGHTS = st.lists(st.floats(-3, 3, allow_subnormal=False), min_size=1, max_size
 
 @pytest.mark.parametrize(("shaping", "bound"), [(constant, 1.0), (sigmoid_slope, 1.0)])
 @given(values=WEIGHTS, big=st.sampled_from([1e2, 1e4, 1e6]))
-def test_value_is_within_the_bound_of_the_formula(values: list[float], big: float, shaping: Shaping, bound: float) -> None:
+def test_value_is_within_the_bound_of_the_formula(
+    values: list[float], big: float, shaping: Shaping, bound: float
+) -> None:
     w = torch.tensor(values, dtype=torch.float64)
     assert float((gate(w, shaping) - literal(w, shaping, big)).abs().max()) <= bound / big + 1e-12
 
@@ -40,7 +42,7 @@ def test_slope_is_the_limit_of_the_formula(values: list[float], shaping: Shaping
     one, other = w.clone().requires_grad_(True), w.clone().requires_grad_(True)
     gate(one, shaping).sum().backward()
     step = (other >= 0).to(w.dtype)
-    saw = ((big * other - torch.floor(big * other).detach()) / big)  # ⌊·⌋ has slope 0
+    saw = (big * other - torch.floor(big * other).detach()) / big  # ⌊·⌋ has slope 0
     (step + saw * shaping(other)).sum().backward()
     assert one.grad is not None
     assert other.grad is not None

@@ -73,6 +73,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def check(gates: pw.GateSession, model: nn.Module) -> nn.Module:
     """Finish, and compare before and after to the sample."""
     model.eval()
+    gates.harden()
     x = torch.randn(200, 3, 5, 5)
     with torch.no_grad():
         want = model(x)
@@ -324,6 +325,12 @@ def test_a_session_that_has_ended(call: str) -> None:
 def test_finish_without_training_meets_the_budget() -> None:
     model = net()
     check(attach(model), model)
+
+
+def test_finish_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        small = attach(net()).finish()
+    assert pw.measure(small, X).macs <= 0.5 * pw.measure(net(), X).macs
 
 
 def test_finish_leaves_the_full_model() -> None:

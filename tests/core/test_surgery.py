@@ -114,7 +114,7 @@ def test_tied_weights_stay_tied() -> None:
     ids = torch.randint(0, 11, (2, 5))
     sizes = {g.name: g.size for g in pw.channel_groups(model, ids) if g.prunable}
     assert sorted(sizes.values()) == [6, 9]
-    small = pw.apply_plan(model, plan_of(model, {n: (0, 2) for n in sizes}, sizes), ids)
+    small = pw.apply_plan(model, plan_of(model, dict.fromkeys(sizes, (0, 2)), sizes), ids)
     assert small.head.weight is small.emb.weight
     assert small.emb.weight.shape == (11, 2)
     assert small.emb.embedding_dim == 2

@@ -247,7 +247,7 @@ def divided_by_width(x: Tensor, y: Tensor) -> Tensor:
 
 @functional(prunable=None)
 def width_in_tensor(x: Tensor, y: Tensor) -> Tensor:
-    return x / torch.tensor(float(y.shape[1]), dtype=x.dtype)
+    return (x + y) / torch.tensor(float(y.shape[1]), dtype=x.dtype)
 
 
 @functional(prunable=None)
@@ -812,7 +812,7 @@ class TrainsOnSlices(nn.Module):
         return (self.b(h), self.aux(h[:, 3:7])) if self.training else self.b(h)
 
 
-@odd((2, 7, 6))
+@odd((2, 7, 6), prunable=None)  # einsum merges two labelled dimensions of a weight
 class EinsumAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1034,7 +1034,7 @@ class InParameterList(nn.Module):
         return x @ self.d["last"]
 
 
-@odd((2, 5, 6))
+@odd((2, 5, 6), prunable=None)  # einsum merges two labelled dimensions of a weight
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

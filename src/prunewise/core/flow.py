@@ -45,6 +45,7 @@ class Flow:
     demands: list[Demand] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     layouts: dict[int, Layout] = field(default_factory=dict)
+    other_uses: dict[str, str] = field(default_factory=dict)  # parameter -> an operation that does not just read by it
     origins: dict[int, str] = field(default_factory=dict)  # tensor id -> the parameter it is a plain view of
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
     _starts: list[int] = field(default_factory=list)

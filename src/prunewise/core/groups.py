@@ -113,10 +113,10 @@ def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGrou
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> for group in channel_groups(model, torch.zeros(1, 3, 8, 8)):
-        ...     print(group.name, group.size, group.prunable, group.reason)
-        0 8 True
-        0.weight[1] 3 False meets a fixed dimension in aten.convolution.default in 0
-        3 4 False an output of the model
+        ...     print(group.name, group.size, group.reason.partition(" in ")[0] or "prunable")
+        0 8 prunable
+        0.weight[1] 3 meets a fixed dimension
+        3 4 an output of the model
     """
     return find_groups(analyse(model, example_inputs)).groups
 
@@ -208,6 +208,9 @@ def _pins(structure: Structure, grouping: Grouping) -> tuple[list[str], npt.NDAr
     for demand in flow.demands:
         if demand.site is None:
             pins.append((demand.labels.reshape(-1), f"summed over by {flow.reason(demand.op)}"))
+        elif demand.site[0] in flow.other_uses:
+            why = f"read by {demand.site[0]}, which also goes into {flow.other_uses[demand.site[0]]}"
+            pins.append((demand.labels.reshape(-1), why))
         ids = grouping.classes(demand.labels.reshape(-1))
         consumed[ids[ids >= 0]] = True
     for labels, reason in pins:

@@ -30,7 +30,7 @@ class LabelStore:
         self._strong = np.zeros(4096, dtype=bool)
         self._count = 0
         self.pins: list[tuple[LabelArray, str]] = []
-        self.muted = False  # while True, nothing is united or pinned
+        self.muted = False  # while True, nothing is pinned
 
     def __len__(self) -> int:
         return self._count
@@ -65,7 +65,7 @@ class LabelStore:
 
     def unite(self, a: LabelArray, b: LabelArray) -> None:
         """Make the classes of `a` and `b` one, entry by entry (shapes broadcast)."""
-        if a is b or self.muted:
+        if a is b:
             return
         a, b = (side.reshape(-1) for side in np.broadcast_arrays(a, b))
         a, b = self.roots(a), self.roots(b)

@@ -70,6 +70,11 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     return Structure(flow, passes)
 
 
+# Operations in which a weight whose entries are zero takes nothing in and gives nothing on.
+_READS_BY_WEIGHT = (
+    "mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "linear", "convolution", "_convolution", "embedding",
+)  # fmt: skip
+
 # What differs between the modes of any network and says nothing about its structure.
 _OF_THE_MODE = ("native_dropout", "bernoulli", "empty_like", "native_batch_norm", "cudnn_batch_norm", "batch_norm")
 
@@ -94,12 +99,17 @@ def run_rules(flow: Flow, trace: Trace) -> Pass:
     flow.group_counts = {}
     live = trace.live_ops()
     for op in trace.ops:
-        # What no output depends on (attention weights that nobody asked for, say) must not pin anything.
+        # What no output depends on (attention weights that nobody asked for, say) must not pin anything; it runs all
+        # the same, so the shapes that it ties stay tied.
         flow.store.muted = op.index not in live
         known = len(flow.rectangles), len(flow.demands)
         outputs = _apply(flow, op)
         if flow.store.muted:
             del flow.rectangles[known[0] :], flow.demands[known[1] :]
+        elif op.name not in _READS_BY_WEIGHT:
+            for index in op.inputs:
+                if index in flow.origins and not set(op.outputs) <= set(flow.origins):
+                    flow.other_uses.setdefault(flow.origins[index], flow.reason(op))
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout
     flow.store.muted = False

@@ -116,6 +116,7 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
         VerificationError: the small model does not compute what the masked one does.
 
     Example:
+        >>> import torch
         >>> from prunewise.channels.oneshot import plan_channels
         >>> from prunewise.channels.budget import Budget
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
