@@ -22,11 +22,10 @@ from tests.zoo import call, cast, flat_tensors, randomize_
 # Refused with an error that says what is wrong, which is right as well.
 REFUSED: dict[str, str] = {
     "boolean_index": "TraceError: a shape that depends on data",
-    "DividesByItsReader": "VerificationError: the masked model divides by the zeros of its mask",
-    "ReaderWritten": "TraceError: forward writes into a weight that is masked",
+    "ReaderWritten": "NoPrunableGroupError: forward writes into the weight that reads the channels",
 }
 
-# Known violations, each with its number in the list of the test writer. Strict: take out what is mended.
+# Known violations and why. Strict: take out what is mended.
 BROKEN: dict[str, str] = {}
 
 
