@@ -65,7 +65,6 @@ MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "size a float": put("groups", "0", "size")(8.0),
     "no keep": lambda d: d["groups"]["0"].pop("keep"),
     "keep a text": put(*KEEP)("01"),
-    "keep empty": put(*KEEP)([]),
     "negative": put(*KEEP)([-1, 2]),
     "too large": put(*KEEP)([0, 8]),
     "huge": put(*KEEP)([0, 10**30]),

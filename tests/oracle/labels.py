@@ -41,7 +41,8 @@ def pinned(store: LabelStore) -> set[int]:
 def removed(store: LabelStore, layout: Layout, roots: set[int]) -> np.ndarray:
     """For every element: is it gone when the classes with these roots go?"""
     carried = elements(layout)
+    root_of = store.roots(np.arange(len(store))).tolist()
     gone = np.zeros(layout.shape, dtype=bool)
     for place in np.ndindex(*layout.shape):
-        gone[place] = any(int(store.roots(np.array([x]))[0]) in roots for x in carried[place])
+        gone[place] = any(root_of[x] in roots for x in carried[place])
     return gone

@@ -86,7 +86,7 @@ def squeeze(flow: Flow, op: Op) -> Layout:
     return layout.moved(shape, {d: i for i, d in enumerate(kept)})
 
 
-def _take(flow: Flow, layout: Layout, dim: int, pick: Any, shape: tuple[int, ...]) -> Layout:
+def _take(flow: Flow, op: Op, layout: Layout, dim: int, pick: Any, shape: tuple[int, ...]) -> Layout:
     """Every block indexed along `dim` by `pick` (a slice or integer array); `dim` stays a dimension."""
     blocks = []
     for block in layout.blocks:
@@ -96,10 +96,10 @@ def _take(flow: Flow, layout: Layout, dim: int, pick: Any, shape: tuple[int, ...
             index[block.dims.index(dim)] = pick
             labels = labels[tuple(index)]
         blocks.append(Block(block.dims, labels))
-    return _without_single(flow, Layout(shape, tuple(blocks)))
+    return _without_single(flow, op, Layout(shape, tuple(blocks)))
 
 
-def _without_single(flow: Flow, layout: Layout) -> Layout:
+def _without_single(flow: Flow, op: Op, layout: Layout) -> Layout:
     """Dimensions that have come down to size 1 lose their labels; one that was labelled alone is pinned."""
     for block in layout.blocks:
         single = [d for d in block.dims if layout.shape[d] == 1]
@@ -110,7 +110,7 @@ def _without_single(flow: Flow, layout: Layout) -> Layout:
             if dims:
                 layout = layout.replace(block, Block(dims, labels))
             else:
-                flow.store.pin(labels.reshape(-1), "a single channel is picked by its position")
+                flow.store.pin(labels.reshape(-1), f"a single channel is picked by its position in {flow.reason(op)}")
                 layout = layout.without(block)
     return layout
 
@@ -127,13 +127,13 @@ def slice_(flow: Flow, op: Op) -> Layout:
     if shape == layout.shape:
         _keep_origin(flow, op)
         return layout
-    return _take(flow, layout, op.args["dim"] % len(layout.shape), slice(start, end, step), shape)
+    return _take(flow, op, layout, op.args["dim"] % len(layout.shape), slice(start, end, step), shape)
 
 
-def _pick_one(flow: Flow, layout: Layout, dim: int, index: int, shape: tuple[int, ...]) -> Layout:
+def _pick_one(flow: Flow, op: Op, layout: Layout, dim: int, index: int, shape: tuple[int, ...]) -> Layout:
     """One index along `dim`, which disappears."""
     single = tuple(1 if d == dim else s for d, s in enumerate(layout.shape))
-    layout = _take(flow, layout, dim, slice(index, index + 1) if index != -1 else slice(-1, None), single)
+    layout = _take(flow, op, layout, dim, slice(index, index + 1) if index != -1 else slice(-1, None), single)
     return layout.moved(shape, {d: d - (d > dim) for d in range(len(layout.shape))})
 
 
@@ -141,7 +141,7 @@ def _pick_one(flow: Flow, layout: Layout, dim: int, index: int, shape: tuple[int
 def select(flow: Flow, op: Op) -> Layout:
     """One index of a dimension."""
     layout = flow.of(op.args["self"])
-    return _pick_one(flow, layout, op.args["dim"] % len(layout.shape), op.args["index"], flow.shape(op.outputs[0]))
+    return _pick_one(flow, op, layout, op.args["dim"] % len(layout.shape), op.args["index"], flow.shape(op.outputs[0]))
 
 
 @rule("unbind", "unbind_copy")
@@ -149,7 +149,7 @@ def unbind(flow: Flow, op: Op) -> list[Layout]:
     """Every index of a dimension as a tensor of its own."""
     layout = flow.of(op.args["self"])
     dim = op.args["dim"] % len(layout.shape)
-    return [_pick_one(flow, layout, dim, i, flow.shape(o)) for i, o in enumerate(op.outputs)]
+    return [_pick_one(flow, op, layout, dim, i, flow.shape(o)) for i, o in enumerate(op.outputs)]
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "split_copy",
@@ -169,7 +169,7 @@ def split(flow: Flow, op: Op) -> list[Layout]:
     if len(sizes) == 1:
         return [layout]
     return [
-        _take(flow, layout, dim, slice(int(end) - size, int(end)), flow.shape(o))
+        _take(flow, op, layout, dim, slice(int(end) - size, int(end)), flow.shape(o))
         for end, size, o in zip(ends, sizes, op.outputs, strict=True)
     ]
 
@@ -247,7 +247,7 @@ def flip(flow: Flow, op: Op) -> Layout:
     """Order reversed: labels are reversed too."""
     layout = flow.of(op.args["self"])
     for d in op.args["dims"]:
-        layout = _take(flow, layout, d % len(layout.shape), slice(None, None, -1), layout.shape)
+        layout = _take(flow, op, layout, d % len(layout.shape), slice(None, None, -1), layout.shape)
     return layout
 
 
