@@ -34,7 +34,8 @@ from prunewise.core.errors import TraceError
 Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
 
 _LIBRARIES = tuple(
-    str(Path(p)) for p in {sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent), str(Path(__file__).parent)}
+    str(Path(p))
+    for p in {sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent), str(Path(__file__).parents[1])}
 )
 
 
