@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunewise.core.errors import VerificationError
 from prunewise.core.flow import Flow
+from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
 from prunewise.core.groups import Grouping
 from prunewise.core.labels import Layout
 from prunewise.core.structure import resolve, run_rules
@@ -84,38 +84,6 @@ class Cut:
         return tuple(n if m is None else int(m.sum()) for n, m in zip(layout.shape, masks, strict=True))
 
 
-def _name(node: fx.Node) -> str:
-    """The operator's name without namespace, overload and in-place mark; other functions by their own name."""
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-    return name[:-1] if name.endswith("_") and not name.startswith("__") else name
-
-
-def _where(node: fx.Node) -> str:
-    """How an operation is named to the user: operator, file and line."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{node.target}" + (f" at {lines[-1][0]}:{lines[-1][1]}" if lines else "")
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an ATen call by name, defaults included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update(dict(zip((a.name for a in schema.arguments), node.args, strict=False)))
-    return {**bound, **node.kwargs}
-
-
-def _put(node: fx.Node, name: str, value: Any) -> None:
-    """Set one argument of an ATen call."""
-    at = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
-    if at < len(node.args):
-        node.update_arg(at, value)
-    else:
-        node.update_kwarg(name, value)
-
-
 class _Run:
     """A graph run node by node on fake tensors; `values` are of this run."""
 
@@ -162,7 +130,7 @@ def rewrite(
     ids: dict[fx.Node, list[int]] = {}
     with torch.no_grad(), fake, recorder:
         for node in graph.nodes:
-            stack[0] = _where(node)
+            stack[0] = node_line(node)
             value = old.step(node)
             ids[node] = [
                 recorder.register(t, "input" if node.op == "placeholder" else "constant") for t in _tensors(value)
@@ -185,11 +153,11 @@ def rewrite(
                 raise
             except Exception as error:
                 raise VerificationError(
-                    f"cannot be rewritten for the smaller width: {_where(node)}: {error}"
+                    f"cannot be rewritten for the smaller width: {node_line(node)}: {error}"
                 ) from error
             got = [tuple(int(s) for s in t.shape) for t in _tensors(value)]
             if got != predicted:
-                raise VerificationError(f"cannot be rewritten: {_where(node)} gives {got}, should be {predicted}")
+                raise VerificationError(f"cannot be rewritten: {node_line(node)} gives {got}, should be {predicted}")
             before = old.values[node]
             if isinstance(value, int) and not isinstance(value, bool) and value != before and value:
                 _correct(node, value, before, new)  # a number computed from a width is what it was
@@ -243,7 +211,7 @@ class _Fix:
 
     def apply(self) -> None:
         """Rewrite; what is not known here is found out by the comparison of shapes that follows."""
-        bound, name = _bound(self.node), _name(self.node)
+        bound, name = bound_arguments(self.node), node_name(self.node)
         if self.predicted:
             for argument in ("size", "shape", "sizes", "normalized_shape"):
                 if isinstance(bound.get(argument), (list, tuple)):
@@ -261,14 +229,14 @@ class _Fix:
             self._repeat(x, "repeats" if "repeats" in bound else "dims", bound)
         elif name == "repeat_interleave" and isinstance(bound.get("repeats"), int):
             shape, now, d = self.predicted[0], self.new.values[x].shape, bound.get("dim")
-            _put(self.node, "repeats", shape[0] // now.numel() if d is None else shape[d] // now[d])
+            put_argument(self.node, "repeats", shape[0] // now.numel() if d is None else shape[d] // now[d])
         elif name.startswith("conv") and "groups" in bound:
             self._groups(x, name.startswith("conv_transpose") or bool(bound.get("transposed")), bound)
         elif name in ("group_norm", "native_group_norm"):
             argument = "num_groups" if "num_groups" in bound else "group"
             was, now = self.old.values[x].shape[1], self.new.values[x].shape[1]
             if was != now:
-                _put(self.node, argument, now * bound[argument] // was)
+                put_argument(self.node, argument, now * bound[argument] // was)
         elif self.node.target is _aten.squeeze.default:
             self.node.target = _aten.squeeze.dims
             self.node.args = (x, [d for d, s in enumerate(self.old.values[x].shape) if s == 1])
@@ -290,7 +258,7 @@ class _Fix:
             return
         new = [self._entry(s, shape[first + i]) for i, s in enumerate(sizes)]
         if new != sizes:
-            _put(self.node, argument, new)
+            put_argument(self.node, argument, new)
 
     def _pieces(self, x: fx.Node, bound: dict[str, Any]) -> None:
         dim = int(bound.get("dim", 0))
@@ -310,7 +278,7 @@ class _Fix:
         given = {k: self.old.of(v) for k, v in bound.items() if k != "self"}
         before = np.concatenate([[0], np.cumsum(mask)])
         if name.startswith("select"):
-            _put(self.node, "index", int(before[given["index"] % len(mask)]))
+            put_argument(self.node, "index", int(before[given["index"] % len(mask)]))
             return
         places = np.arange(len(mask))
         if name == "narrow":
@@ -346,14 +314,14 @@ class _Fix:
                 pad[2 * k] = int(mask[:before].sum())
             if after > 0:
                 pad[2 * k + 1] = int(mask[-after:].sum())
-        _put(self.node, "pad", pad)
+        put_argument(self.node, "pad", pad)
 
     def _repeat(self, x: fx.Node, argument: str, bound: dict[str, Any]) -> None:
         times, now = list(bound[argument]), self.new.values[x].shape
         shape = self.predicted[0]
         aligned = (1,) * (len(shape) - len(now)) + tuple(now)
         first = len(shape) - len(times)
-        _put(
+        put_argument(
             self.node,
             argument,
             [self._entry(t, shape[first + i] // aligned[first + i]) for i, t in enumerate(times)],
@@ -363,4 +331,4 @@ class _Fix:
         data, weight = self.new.values[x].shape, self.new.values[bound["weight"]].shape
         full = self.predicted[0] if transposed else data
         if bound["groups"] != 1:
-            _put(self.node, "groups", full[len(data) - len(weight) + 1] // weight[1])
+            put_argument(self.node, "groups", full[len(data) - len(weight) + 1] // weight[1])
