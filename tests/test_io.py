@@ -265,7 +265,8 @@ def test_inputs_that_cannot_be_described_are_asked_for(tmp_path):
 
 
 def test_saving_over_an_older_model_replaces_it_and_sweeps(saved):
-    (saved / ".weights.123456.tmp").write_bytes(b"left by a killed process")
+    (saved / ".weights.123456.tmp").mkdir()
+    (saved / ".weights.123456.tmp" / ".tmpAbC123").write_bytes(b"left by a killed process")
     (saved / ".model-0123.safetensors").write_bytes(b"left by a killed process")
     small, plan = pruned(seed=3)
     pw.save_pruned(saved, small, plan)
@@ -308,7 +309,8 @@ import prunewise as pw
 sys.path.insert(0, {root!r})
 from tests.test_io import factory, pruned
 models = [pruned(seed=1), pruned(seed=2)]
-print("ready", flush=True)
+pw.save_pruned({folder!r}, *models[1])
+print("saved", flush=True)
 while True:
     for small, plan in models:
         pw.save_pruned({folder!r}, small, plan)
@@ -320,7 +322,7 @@ def test_killed_while_saving_the_folder_holds_one_whole_model(tmp_path):
     code = KILLED.format(root=root, folder=str(tmp_path / "m"))
     outputs = [pruned(seed=s)[0](X) for s in (1, 2)]
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"ready\n"
+    assert child.stdout.readline() == b"saved\n"
     time.sleep(0.3)
     child.kill()
     child.wait()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,10 @@ def stage_tensors(directory: Path, tensors: Mapping[str, Tensor], name: Callable
             raise CheckpointError(f"tensor {key!r} is {kind}, which cannot be saved: convert it to a plain dtype first")
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     _sweep(directory, ".weights.*.tmp")
-    temporary = directory / f".weights.{secrets.token_hex(6)}.tmp"
+    # A folder of its own, because safetensors may make temporary files beside the one it writes.
+    stage = directory / f".weights.{secrets.token_hex(6)}.tmp"
+    stage.mkdir()
+    temporary = stage / "weights"
     try:
         # contiguous() gives back views of larger storages as they are, which safetensors refuses
         whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in plain.items()}
@@ -87,14 +91,17 @@ def stage_tensors(directory: Path, tensors: Mapping[str, Tensor], name: Callable
         os.replace(temporary, path)
         _sync_directory(directory)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
     return path, digest
 
 
 def _sweep(directory: Path, pattern: str) -> None:
     """Remove what a killed process left. Two processes must not write to one folder at the same time."""
     for old in directory.glob(pattern):
-        old.unlink(missing_ok=True)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
