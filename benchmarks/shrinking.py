@@ -31,9 +31,7 @@ class Training:
         self.every = every
         self.gates = None
         if budget is not None:
-            self.gates = pw.attach_gates(
-                model, x, budget=pw.Budget(macs=budget), total_steps=steps, shrink_every=every
-            )
+            self.gates = pw.attach_gates(model, x, budget=pw.Budget(macs=budget), total_steps=steps, shrink_every=every)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         self.seconds: list[float] = []
 
@@ -88,7 +86,9 @@ def main() -> None:
     results, rows = {}, []
     base = sum(runs["plain"].seconds)
     for name, run in runs.items():
-        kept = 1.0 if run.gates is None else run.gates.harden().cost_after["macs"] / run.gates.harden().cost_before["macs"]
+        kept = (
+            1.0 if run.gates is None else run.gates.harden().cost_after["macs"] / run.gates.harden().cost_before["macs"]
+        )
         cuts = [s for i, s in enumerate(run.seconds, 1) if run.every and i % run.every == 0]
         last = run.seconds[-max(1, args.steps // 10) :]
         results[name] = {
@@ -100,7 +100,9 @@ def main() -> None:
             "step_seconds": [round(s, 4) for s in run.seconds],
         }
         r = results[name]
-        rows.append([name, f"{kept:.3f}", r["seconds"], f"{r['share_of_plain']:.3f}", f"{r['last_tenth_share_of_plain']:.3f}"])
+        rows.append(
+            [name, f"{kept:.3f}", r["seconds"], f"{r['share_of_plain']:.3f}", f"{r['last_tenth_share_of_plain']:.3f}"]
+        )
     head = ["training", "MACs at the end", "seconds", "time / plain", "last tenth / plain"]
     clock_name = "processor time of one thread" if clock is time.process_time else "wall time"
     title = (
