@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from prunewise.core.graph import rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.proof import check_equal
-from prunewise.core.slices import slice_state, state_slices
+from prunewise.core.slices import copied, slice_state, state_slices
 from prunewise.core.structure import analyse
 from prunewise.core.trace import Inputs
 from prunewise.core.widths import fit_attributes
@@ -57,7 +56,7 @@ class Surgeon:
         """
         if any(not len(kept) for kept in keep.values()):
             return self._cut_blocks(model, keep)
-        small = _copy(model)
+        small = copied(model)
         slices = state_slices(self.grouping, keep)
         slice_state(small, slices)
         widths = {name: len(kept) for name, kept in keep.items()}
@@ -83,7 +82,7 @@ class Surgeon:
         if not grouping.branches:
             grouping = with_branches(grouping, model, self.example_inputs)
         check_keep(keep, grouping.branches)
-        shallow = _copy(model)
+        shallow = copied(model)
         drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
         rest = Surgeon.of(shallow, self.example_inputs)
         left = translate(grouping, rest.grouping, keep)
@@ -130,17 +129,6 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
     surgeon = Surgeon.of(model, example_inputs, blocks=plan.drops_blocks)
     plan.check(model, surgeon.grouping.groups, surgeon.grouping.branches)
     return surgeon.cut(model, plan.keep)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules whose hooks have left tensors with a history on them."""
-    made = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 
 def is_gated(model: nn.Module) -> bool:
