@@ -13,6 +13,7 @@ import gc
 import logging
 import sys
 import sysconfig
+import traceback
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -177,10 +183,14 @@ def _user_line() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+        if _is_users(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith((*_LIBRARIES, "<"))
 
 
 @contextmanager
@@ -372,11 +382,7 @@ def record_partly(
             with fake, recorder, watch(recorder) if watch else nullcontext():
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         except Exception as error:
-            failure = TraceError(
-                f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
-                f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
-                "positional arguments, or a dict of keyword arguments."
-            )
+            failure = TraceError(_what_failed(model, example_inputs, error))
             failure.__cause__ = error
             return trace, failure
         trace.outputs.extend(recorder.register(leaf, "constant") for leaf in tensors_of(out))
@@ -403,6 +409,28 @@ def tensors_of(out: Any) -> list[Tensor]:
             seen.add(id(item))
             queue.extend(vars(item).values())
     return leaves
+
+
+def _what_failed(model: nn.Module, example_inputs: Inputs, error: Exception) -> str:
+    """The message of a forward pass that could not be recorded, with a remedy that fits."""
+    if not isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        return (
+            f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
+            f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
+            "positional arguments, or a dict of keyword arguments."
+        )
+    frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    line = next((f" at {file}:{line}" for file, line in reversed(frames) if _is_users(file)), "")
+    if isinstance(error, DynamicOutputShapeException):
+        why = "the size of its result depends on the values of tensors"
+        remedy = "keep the size fixed (`x * mask` or `torch.where(mask, x, 0)` instead of `x[mask]`)"
+    else:
+        why = "it makes a Python number of a tensor's value"
+        remedy = "compute with the tensor itself (`torch.where` instead of `if`), or pass the number to `model(...)`"
+    return (
+        f"{type(model).__name__} cannot be traced: {error.func}{line}: {why}, and a trace knows shapes only. In forward, "
+        f"{remedy}; or do that step outside the model, in the loss, say."
+    )
 
 
 def _shapes(example_inputs: Inputs) -> str:
