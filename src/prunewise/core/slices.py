@@ -17,7 +17,7 @@ Slices = dict[str, dict[int, npt.NDArray[np.int64]]]  # tensor name -> dimension
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules whose hooks have left tensors with a history on them."""
+    """A deep copy, also of modules whose hooks have left tensors with a history on them; without gradients."""
     made = [
         value
         for module in model.modules()
@@ -75,7 +75,5 @@ def slice_state(module: nn.Module, slices: Slices) -> None:
             new = take(old.detach(), dims)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
-                if old.grad is not None:
-                    new.grad = take(old.grad, dims)
         for store, leaf in places:
             store[leaf] = new
