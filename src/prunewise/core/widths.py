@@ -72,12 +72,13 @@ def _moved_slice(
     new, _ = record_partly(small, inputs, training=training)
     if [op.func for op in new.ops] != [op.func for op in each.trace.ops]:
         return None  # the numbers decide
+    alive = costs.grouping.alive(keep)
     for a, b in zip(each.trace.ops, new.ops, strict=True):
         if a.name not in ("slice", "select", "narrow") or a.args["self"].id not in each.layouts:
             continue
         layout = each.layouts[a.args["self"].id]
         dim = int(a.args["dim"]) % len(layout.shape)
-        mask = costs.grouping.kept(layout, dim, keep)
+        mask = costs.grouping.kept(layout, dim, alive)
         start = "index" if a.name == "select" else "start"
         old, now = (int(op.args.get(start) or 0) for op in (a, b))
         if mask is not None and int(mask[: old % len(mask)].sum()) != now % max(1, int(mask.sum())):
