@@ -15,7 +15,8 @@ from prunewise.core.errors import VerificationError
 from prunewise.core.groups import Grouping
 from prunewise.core.sites import masked
 from prunewise.core.slices import copied
-from prunewise.core.trace import Inputs, as_call, attributes_kept, in_mode, tensors_of
+from prunewise.core.trace import Inputs, as_call, tensors_of
+from prunewise.core.untouched import attributes_kept, in_mode
 
 _PLAIN = 1e-4  # what differs by more has to be shown to be rounding, by float64 copies
 _MAX_COPIED = 500_000_000  # parameters of a model that is copied in float64, 8 bytes each

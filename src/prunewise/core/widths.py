@@ -130,9 +130,7 @@ def _computing(trace: Trace, replaced: set[str]) -> list[Op]:
 def _computes(op: Op, replaced: set[str]) -> bool:
     if any(op.module == name or op.module.startswith(f"{name}.") for name in replaced):
         return False
-    return op.name not in ("clone", "_unsafe_view", "contiguous") and not any(
-        r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns
-    )
+    return op.computes
 
 
 def _failed_at(before: list[Op], after: list[Op], old: Trace, new: Trace) -> int:

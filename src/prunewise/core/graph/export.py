@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call, template
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
-from prunewise.core.trace import plain_attention
+from prunewise.core.untouched import plain_attention
 
 _aten = torch.ops.aten
 
