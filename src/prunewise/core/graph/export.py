@@ -71,6 +71,8 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph
             ):
                 break
             call.fixed.add(training)
+            if given is call.tensors:  # another export would fix the same size
+                break
     if module is None:
         raise failure
     if training in call.fixed:
