@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
+from prunewise.core.cost import measure
+from prunewise.core.sites import masked
+from prunewise.core.surgery import Surgeon
 
 HEADS, SIZE, KEPT = 4, 3, (1, 3)
 WIDTH = HEADS * SIZE
@@ -160,3 +163,68 @@ def test_in_an_encoder_layer_in_eval_mode() -> None:
     x = draw(2, 5, WIDTH)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("kind", ["self", "cross", "apart", "other widths", "unbatched", "masked"])
+def test_it_costs_what_was_predicted(batch_first: bool, need_weights: bool, kind: str) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = {"kdim": 5, "vdim": 7} if kind == "other widths" else {}
+            self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first, **widths)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+            q, k, v = {"cross": (q, k, k), "apart": (q, k, v), "other widths": (q, k, v)}.get(kind, (q, q, q))
+            padding, mask = masks or (None, None)
+            out: Tensor = self.attn(q, k, v, padding, need_weights, mask)[0]
+            return out
+
+    lead = (5,) if kind == "unbatched" else (2, 5) if batch_first else (5, 2)
+    last = (5, 7) if kind == "other widths" else (WIDTH, WIDTH)
+    inputs = (draw(*lead, WIDTH), draw(*lead, last[0]), draw(*lead, last[1]))
+    if kind == "masked":
+        inputs += (torch.zeros(2, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool).triu(1))
+    surgeon = Surgeon.of(Attends().double(), inputs)
+    (heads,) = [g.name for g in surgeon.grouping.groups if g.prunable]
+    small = surgeon.cut(Attends().double(), {heads: KEPT})
+    assert isinstance(small.attn, PrunedMultiheadAttention)
+    predicted, measured = surgeon.costs({heads: len(KEPT)}), measure(small, inputs)
+    assert (measured, measured.by_layer()) == (predicted, predicted.by_layer())
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": WIDTH, "vdim": 7}])
+def test_it_loses_heads_twice(widths: dict[str, int]) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, HEADS, **widths)
+
+        def forward(self, q: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = self.attn(q, q, v)[0]
+            return out
+
+    model: nn.Module = Attends().double()
+    inputs = (draw(5, 2, WIDTH), draw(5, 2, widths.get("vdim", WIDTH)))
+    for left in (3, 2):
+        surgeon = Surgeon.of(model, inputs)
+        (heads,) = [g.name for g in surgeon.grouping.groups if g.prunable]
+        model = surgeon.cut(model, {heads: tuple(range(left))})
+        assert isinstance(model, Attends)
+        assert model.attn.num_heads == left
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_in_an_encoder_that_leaves_the_padding_out() -> None:
+    """In eval mode torch's encoder turns a padded batch into a nested tensor, and padding comes out as zeros."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inputs = {"src": draw(2, 5, WIDTH), "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}
+    surgeon = Surgeon.of(model, inputs)
+    keep = {g.name: KEPT for g in surgeon.grouping.groups if g.prunable and g.size == HEADS}
+    small = surgeon.cut(model, keep)
+    with torch.no_grad(), masked(model, surgeon.grouping.groups, keep):
+        want, got = model(**inputs), small(**inputs)
+    assert len(keep) == 2
+    assert want[1, 3:].abs().max() == 0
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

@@ -89,14 +89,20 @@ def test_equals_the_masked_model_slowly(name: str) -> None:
     compare(*build(name))
 
 
-def test_says_where_the_batch_size_is_fixed() -> None:
+def test_says_where_the_batch_size_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fixed(Baked):
         def forward(self, x: Tensor) -> Tensor:
             return self.tail(x, len(x))
 
     model, x = Fixed().double(), torch.randn(3, 6, dtype=torch.float64)
+    exported: list[nn.Module] = []
+    export = torch.export.export
+    monkeypatch.setattr(
+        torch.export, "export", lambda module, *a, **k: exported.append(module) or export(module, *a, **k)
+    )
     with pytest.warns(UserWarning, match="batches of 3 only"):
         small = compare(model, x, batch=False)
+    assert len(exported) == 2  # one a mode
     with pytest.raises(ValueError, match=r"shape \(4, 6\)"):
         small(one_more(x))
 

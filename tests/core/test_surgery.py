@@ -266,6 +266,19 @@ def test_the_next_step_is_that_of_the_masked_model(net: Net, plan: ChannelPlan, 
         torch.testing.assert_close(value, want[key], rtol=1e-9, atol=1e-11, msg=key)
 
 
+def test_gradients_go_along(net: Net, plan: ChannelPlan) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.randn_like(X)).sum().backward()
+    net.temperature.grad = None
+    small = pw.apply_plan(net, plan, X)
+    assert all(p.grad is None for p in small.parameters())
+    pw.migrate_optimizer(optimizer, net, small, plan, X)
+    assert torch.equal(small.c.weight.grad, net.c.weight.grad[[0, 3, 4, 5]][:, [1, 2, 5]])
+    assert torch.equal(small.fc.bias.grad, net.fc.bias.grad)
+    assert small.fc.bias.grad is not net.fc.bias.grad
+    assert small.temperature.grad is None
+
+
 def test_migration_keeps_groups_settings_and_strangers(net: Net, plan: ChannelPlan) -> None:
     stranger = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD(

@@ -188,6 +188,31 @@ def test_trace_error_names_model_shapes_and_cause(inputs: Any, shown: str) -> No
     model(torch.zeros(2, 3))
 
 
+class Picks(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a = kind, nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.kind == "mask":
+            return x[x > 0]
+        return x * x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "remedy"),
+    [
+        ("mask", r"aten\.(index|nonzero)", r"torch\.where\(mask, x, 0\)"),
+        ("item", r"aten\._local_scalar_dense", "Python number"),
+    ],
+)
+def test_trace_error_names_the_operation_that_needs_values(kind: str, named: str, remedy: str) -> None:
+    with pytest.raises(pw.TraceError, match=rf"Picks.*{named}.*test_trace\.py:\d+.*{remedy}") as caught:
+        record(Picks(kind), torch.zeros(2, 3))
+    assert "Give inputs that" not in str(caught.value)
+
+
 def test_as_call() -> None:
     x = torch.zeros(1)
     assert as_call(x) == ((x,), {})

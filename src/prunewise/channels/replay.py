@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from prunewise.core.cost import CostModel
 from prunewise.core.structure import Pass
-from prunewise.core.trace import Inputs, Op, Ref, as_call, evaluating
+from prunewise.core.trace import Inputs, Op, Ref, as_call
+from prunewise.core.untouched import evaluating
 
 Form = tuple[int, tuple[tuple[str, int], ...]]  # a size: constant + Σ count · units kept of a group
 
@@ -60,10 +61,7 @@ def cases_of(
 
 def _is_free(op: Op) -> bool:
     """Views take no time; in-place operations do."""
-    returns = op.func._schema.returns
-    return op.name in ("_unsafe_view", "detach") or any(
-        r.alias_info is not None and not r.alias_info.is_write for r in returns
-    )
+    return op.is_view or op.name in ("_unsafe_view", "detach")
 
 
 def _case(costs: CostModel, each: Pass, op: Op, arena: _Arena) -> Case | None:

@@ -12,19 +12,19 @@ depends on nothing. Whatever cannot be followed is refused with a reason, and it
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from prunewise.core.branches import Branch, Leaf, Stub, swapped
-from prunewise.core.cost import multiply_adds, writes
+from prunewise.core.branches import Branch, Leaf, Stub
+from prunewise.core.calls import Call, View
+from prunewise.core.cost import multiply_adds
 from prunewise.core.errors import TraceError
 from prunewise.core.groups import ChannelGroup, Grouping
-from prunewise.core.trace import Inputs, Op, Recorder, Ref, Trace, record_partly
+from prunewise.core.trace import Inputs, Op, Ref, Trace
+from prunewise.core.trials import tried
 from prunewise.core.values import Values, zeroing
 
 
@@ -33,112 +33,8 @@ def with_branches(grouping: Grouping, model: nn.Module, example_inputs: Inputs) 
     return replace(grouping, branches=tuple(find_branches(grouping, model, example_inputs)))
 
 
-@dataclass
-class _Call:
-    """One run of a module's forward: operations [start, end), tensors among its arguments, its output."""
-
-    path: str
-    start: int
-    end: int
-    arguments: list[tuple[int | str, int]]  # (place, tensor id)
-    output: Any
-
-
-@contextmanager
-def _calls(model: nn.Module, recorder: Recorder, found: list[_Call]) -> Iterator[None]:
-    """While active, every module call is noted."""
-    open_: list[_Call] = []
-
-    def enter(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            places = [*enumerate(args), *kwargs.items()]
-            tensors = [(k, recorder.known(v)) for k, v in places if isinstance(v, Tensor)]
-            at = len(recorder.trace.ops)
-            open_.append(_Call(path, at, at, [(k, t) for k, t in tensors if t is not None], None))
-
-        return hook
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = open_.pop()
-        call.end = len(recorder.trace.ops)
-        call.output = _nest(output, recorder)
-        found.append(call)
-
-    handles = []
-    for path, module in model.named_modules():
-        if path:
-            handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _nest(value: Any, recorder: Recorder) -> Any:
-    """A module's output with tensors replaced by `Ref`; None where it is not built of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        known = recorder.known(value)
-        return Ref(-1 if known is None else known)
-    if type(value) in (tuple, list):
-        return type(value)(_nest(v, recorder) for v in value)
-    if type(value) is dict:
-        return {k: _nest(v, recorder) for k, v in value.items()}
-    return Leaf("constant", value) if isinstance(value, (bool, int, float, str, type(None))) else Ref(-1)
-
-
 class _Refused(Exception):
     """A branch cannot be dropped; the message says why."""
-
-
-@dataclass
-class _View:
-    """One pass of the model: its values, its module calls, its additions."""
-
-    values: Values
-    calls: list[_Call]
-    sums: list[tuple[Op, int, int]]  # (addition, value that stays, value of the branch)
-
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: Inputs, training: bool) -> _View:
-        """Record a pass."""
-        calls: list[_Call] = []
-        trace, error = record_partly(
-            model, example_inputs, training=training, watch=lambda recorder: _calls(model, recorder, calls)
-        )
-        if error is not None:
-            raise error
-        values = Values(trace)
-        return cls(values, calls, list(_sums(values)))
-
-    def whole(self, path: str, inside: frozenset[int]) -> bool:
-        """True where a module runs in the branch only (and runs at all)."""
-        ran = [range(c.start, c.end) for c in self.calls if c.path == path]
-        ops = [i for r in ran for i in r]
-        return any(i in inside for i in ops) and all(i in inside or i in self.values.dead for i in ops)
-
-
-def _sums(values: Values) -> Iterator[tuple[Op, int, int]]:
-    """Additions of two activations of one shape, one of which is read by nothing else."""
-    for op in values.trace.ops:
-        if op.name not in ("add", "sub") or not isinstance(op.args.get("other"), Ref):
-            continue
-        if not isinstance(op.args.get("self"), Ref):
-            continue
-        seen = values.arguments[op.index]
-        a, b = seen[op.args["self"].id], seen[op.args["other"].id]
-        out = values.trace.tensors[op.outputs[0]]
-        for skip, y in ((a, b), (b, a)):
-            if y == a and op.name == "sub":
-                continue
-            info = values.info(y)
-            if a == b or values.producer[y] < 0 or (values.producer[skip] < 0 and values.is_state(skip)):
-                continue
-            if info.shape != out.shape or values.info(skip).shape != out.shape or info.dtype != out.dtype:
-                continue
-            if info.dtype.is_floating_point and values.consumers[y] == [op.index] and y not in values.results:
-                yield op, skip, y
 
 
 def find_branches(grouping: Grouping, model: nn.Module, example_inputs: Inputs) -> list[Branch]:
@@ -149,17 +45,17 @@ def find_branches(grouping: Grouping, model: nn.Module, example_inputs: Inputs) 
         model: not changed (modules are swapped for a moment, for a trial on fake tensors).
         example_inputs: those that `grouping` was made with.
     """
-    view = _View.of(model, example_inputs, training=False)
+    view = View.of(model, example_inputs, training=False)
     trace = grouping.structure.trace
     if [(o.func, o.outputs) for o in view.values.trace.ops] != [(o.func, o.outputs) for o in trace.ops]:
         return []  # the forward pass is not the same twice: nothing can be said of it
     try:
-        trained: _View | None = _View.of(model, example_inputs, training=True)
+        trained: View | None = View.of(model, example_inputs, training=True)
     except TraceError:
         trained = None
     finder = _Finder(grouping, model, view, trained)
     found = [b for op, skip, y in view.sums if (b := finder.branch(op, skip, y)) is not None]
-    return _tried(_named(found, trace), model, example_inputs, trace)
+    return tried(_named(found, trace), model, example_inputs, trace)
 
 
 def _named(found: list[Branch], trace: Trace) -> list[Branch]:
@@ -183,7 +79,7 @@ def _named(found: list[Branch], trace: Trace) -> list[Branch]:
 class _Finder:
     """Looks at one addition after another."""
 
-    def __init__(self, grouping: Grouping, model: nn.Module, view: _View, trained: _View | None) -> None:
+    def __init__(self, grouping: Grouping, model: nn.Module, view: View, trained: View | None) -> None:
         self.grouping, self.view, self.trained = grouping, view, trained
         self.values = view.values
         self.trace = view.values.trace
@@ -226,7 +122,7 @@ class _Finder:
             g.name for g in self.grouping.groups if g.prunable and all(self._only_in(m.name, inside) for m in g.members)
         )
 
-    def _only_in(self, name: str, inside: frozenset[int], view: _View | None = None) -> bool:
+    def _only_in(self, name: str, inside: frozenset[int], view: View | None = None) -> bool:
         values = (view or self.view).values
         index = values.trace.state.get(name)
         value = values.first(index) if index is not None else None
@@ -316,7 +212,7 @@ class _Finder:
         return list(stubs.values()), frozenset(owner), frozenset(carried), fresh
 
     def _output(
-        self, call: _Call, nest: Any, places: dict[Any, Any], zero: dict[int, bool], inside: frozenset[int]
+        self, call: Call, nest: Any, places: dict[Any, Any], zero: dict[int, bool], inside: frozenset[int]
     ) -> Any:
         values = self.values
         if isinstance(nest, dict):
@@ -415,65 +311,3 @@ def _common(paths: list[list[str]]) -> str:
 def _weighs(op: Op, values: Values) -> bool:
     """True for products of tensors: what multiply-adds are counted of."""
     return bool(multiply_adds(op, lambda t: values.trace.tensors[t].shape))
-
-
-# -- trying -----------------------------------------------------------------------------------------------------------
-
-
-def _tried(branches: list[Branch], model: nn.Module, example_inputs: Inputs, trace: Trace) -> list[Branch]:
-    """Drop the branches on fake tensors, all at once or one by one; those that do not do what is predicted are refused."""
-    reasons: dict[str, str] = {}
-    left = [b for b in branches if not b.reason]
-    while left:
-        outer = [b for b in left if not any(b.inside < other.inside for other in left)]
-        if _trial(outer, model, example_inputs, trace) is not None:
-            for branch in outer:
-                problem = _trial([branch], model, example_inputs, trace)
-                if problem is not None:
-                    reasons[branch.name] = problem
-        names = {b.name for b in outer}
-        left = [b for b in left if b.name not in names]
-    return [replace(b, reason=reasons[b.name]) if b.name in reasons else b for b in branches]
-
-
-def _trial(branches: list[Branch], model: nn.Module, example_inputs: Inputs, trace: Trace) -> str | None:
-    """What goes wrong when these branches (none inside another) are dropped; None if all is as predicted."""
-    stubs = {stub.path for b in branches for stub in b.stubs}
-    with swapped(model, branches):
-        new, error = record_partly(model, example_inputs)
-    if error is not None:
-        return f"without it the forward pass fails: {error.__cause__}"
-    inside = {i for b in branches for i in b.inside}
-    gone = {i for b in branches for i in b.gone_ops}
-    old_ops = [op for op in trace.ops if op.index not in gone and _computes(op)]
-    new_ops = [op for op in new.ops if op.module not in stubs and _computes(op)]
-    for a, b in zip(old_ops, new_ops, strict=False):
-        if a.func is not b.func or len(a.outputs) != len(b.outputs):
-            return f"without it the forward pass takes another path: {b.func} instead of {a.func} ({b.where})"
-        if a.index not in inside:
-            shapes = [(trace.tensors[i].shape, new.tensors[j].shape) for i, j in zip(a.outputs, b.outputs, strict=True)]
-            if any(x != y for x, y in shapes):
-                return f"without it {b.func} gives another shape ({b.where})"
-    if len(old_ops) != len(new_ops):
-        return "without it the forward pass takes another path"
-    if [new.tensors[i].shape for i in new.outputs] != [trace.tensors[i].shape for i in trace.outputs]:
-        return "without it the outputs differ in shape"
-    predicted = sum(writes(op, trace) for op in trace.ops if op.index not in gone)
-    for branch in branches:
-        like = trace.tensors[branch.entry]
-        for index in branch.carried:
-            op = trace.ops[index]
-            if writes(op, trace):
-                first = trace.tensors[op.outputs[0]]
-                predicted += math.prod(like.shape) * first.dtype.itemsize
-                predicted -= writes(op, trace)
-        predicted += branch.fresh * math.prod(like.shape) * like.dtype.itemsize
-    if sum(writes(op, new) for op in new.ops) != predicted:
-        return "without it other tensors are written than predicted"
-    return None
-
-
-def _computes(op: Op) -> bool:
-    return op.name not in ("clone", "_unsafe_view", "contiguous") and not any(
-        r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns
-    )

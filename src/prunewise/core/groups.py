@@ -77,8 +77,18 @@ class Grouping:
             return np.full(roots.shape, -1, dtype=np.int64)
         return np.where(self.roots[at] == roots, at, -1)
 
-    def kept(self, layout: Layout, dim: int, keep: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_] | None:
-        """Which indices of a dimension stay under `keep`; None where all do."""
+    def alive(self, keep: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_]:
+        """Which classes stay under `keep`, by class id; the last entry is for labels of no class (-1)."""
+        alive = np.ones(len(self.roots) + 1, dtype=bool)
+        for group in self.groups:
+            if group.name in keep:
+                alive[group.class_ids] = False
+                alive[group.class_ids[list(keep[group.name])]] = True
+        return alive
+
+    def kept(self, layout: Layout, dim: int, alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+        """Which indices of a dimension (negative ones count from the end) stay with these classes; None where all do."""
+        dim %= max(len(layout.shape), 1)
         block = layout.block_at(dim)
         if block is None:
             return None
@@ -86,11 +96,6 @@ class Grouping:
         classes = self.classes(table.reshape(len(table), -1))
         if not (classes == classes[:, :1]).all():  # joint labels that go along another dimension
             return None
-        alive = np.ones(len(self.roots) + 1, dtype=bool)  # the last entry: labels of no class (-1)
-        for group in self.groups:
-            if group.name in keep:
-                alive[group.class_ids] = False
-                alive[group.class_ids[list(keep[group.name])]] = True
         mask: npt.NDArray[np.bool_] = alive[classes[:, 0]]
         return None if mask.all() else mask
 

@@ -1,4 +1,4 @@
-"""Carry an optimizer's state over to a smaller model."""
+"""Carry an optimizer's state, and gradients, over to a smaller model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def migrate_optimizer(
     """Point `optimizer` (made for `model`) at the parameters of `small`, its state sliced as they were.
 
     Momenta, second moments and whatever else has a parameter's shape lose the removed channels; step counts,
-    parameter groups and their settings stay. The optimizer is changed in place; parameters of other models in
-    it are left alone.
+    parameter groups and their settings stay. Gradients that `model` has accumulated are handed on, sliced too. The
+    optimizer is changed in place; parameters of other models in it are left alone.
 
     Raises:
         PlanError: `plan` is not the one that leads from `model` to `small`.
@@ -65,6 +65,8 @@ def move_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn
     for group in optimizer.param_groups:
         group["params"] = [moves[p][0] if p in moves else p for p in group["params"] if p not in gone]
     for before, (after, cut) in moves.items():
+        if before.grad is not None:
+            after.grad = take(before.grad, cut)
         state = optimizer.state.pop(before, None)
         if state is not None:
             optimizer.state[after] = {

@@ -1,7 +1,8 @@
-"""Slice parameters and buffers down to the units that stay."""
+"""Copies of models; slices of their parameters and buffers down to the units that stay."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch import Tensor, nn
 from prunewise.core.groups import Grouping
 
 Slices = dict[str, dict[int, npt.NDArray[np.int64]]]  # tensor name -> dimension -> indices that stay
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules whose hooks have left tensors with a history on them; without gradients."""
+    made = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 
 def state_slices(grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> Slices:
@@ -63,7 +75,5 @@ def slice_state(module: nn.Module, slices: Slices) -> None:
             new = take(old.detach(), dims)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
-                if old.grad is not None:
-                    new.grad = take(old.grad, dims)
         for store, leaf in places:
             store[leaf] = new

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from prunewise.core.graph import rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.proof import check_equal
-from prunewise.core.slices import slice_state, state_slices
+from prunewise.core.slices import copied, slice_state, state_slices
 from prunewise.core.structure import analyse
 from prunewise.core.trace import Inputs
 from prunewise.core.widths import fit_attributes
@@ -55,21 +54,12 @@ class Surgeon:
         Raises:
             VerificationError: neither way gives a network that computes what the masked one does.
         """
-        if any(not len(kept) for kept in keep.values()):
-            return self._cut_blocks(model, keep)
-        small = _copy(model)
-        slices = state_slices(self.grouping, keep)
-        slice_state(small, slices)
-        widths = {name: len(kept) for name, kept in keep.items()}
-        _set_widths(small, self.costs, widths)
-        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
-        if problem is None:
-            try:
-                check_equal(model, small, self.grouping, keep, self.example_inputs)
-            except VerificationError as error:
-                problem = str(error).partition(". ")[0]
-            else:
-                return small
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.cut)
+        try:
+            return self.sliced(model, keep)
+        except VerificationError as error:
+            problem = str(error).partition(". The model was left")[0]
         warnings.warn(
             f"the small {type(model).__name__} is a graph module, not your class, because {problem}. It trains, saves and "
             "loads all the same; make that width follow from shapes or attributes to keep your class",
@@ -77,25 +67,48 @@ class Surgeon:
         )
         return rebuild(model, self.grouping, keep, self.example_inputs)
 
-    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], *, graph: bool = False) -> nn.Module:
-        """First the blocks go, then the rest is cut like any model."""
-        grouping = self.grouping
-        if not grouping.branches:
-            grouping = with_branches(grouping, model, self.example_inputs)
-        check_keep(keep, grouping.branches)
-        shallow = _copy(model)
-        drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
-        rest = Surgeon.of(shallow, self.example_inputs)
-        left = translate(grouping, rest.grouping, keep)
-        small = rest.rebuilt(shallow, left) if graph else rest.cut(shallow, left)
-        check_equal(model, small, grouping, keep, self.example_inputs)
+    def sliced(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """As `cut`, in the user's classes or not at all.
+
+        Raises:
+            VerificationError: the classes do not work at the smaller widths; the message says where.
+        """
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.sliced)
+        small = copied(model)
+        slice_state(small, state_slices(self.grouping, keep))
+        _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
+        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
+        if problem is not None:
+            raise VerificationError(problem)
+        check_equal(model, small, self.grouping, keep, self.example_inputs)
         return small
 
     def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
         """As `cut`, but a graph module in any case."""
-        if any(not len(kept) for kept in keep.values()):
-            return self._cut_blocks(model, keep, graph=True)
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.rebuilt)
         return rebuild(model, self.costs, keep, self.example_inputs)
+
+    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], cut: Way) -> nn.Module:
+        """First the blocks go, then the rest is cut like any model, in the given way."""
+        grouping = self.grouping
+        if not grouping.branches:
+            grouping = with_branches(grouping, model, self.example_inputs)
+        check_keep(keep, grouping.branches)
+        shallow = copied(model)
+        drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
+        rest = Surgeon.of(shallow, self.example_inputs)
+        small = cut(rest, shallow, translate(grouping, rest.grouping, keep))
+        check_equal(model, small, grouping, keep, self.example_inputs)
+        return small
+
+
+Way = Callable[[Surgeon, nn.Module, Mapping[str, tuple[int, ...]]], nn.Module]
+
+
+def _drops_blocks(keep: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(not len(kept) for kept in keep.values())
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
@@ -130,17 +143,6 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
     surgeon = Surgeon.of(model, example_inputs, blocks=plan.drops_blocks)
     plan.check(model, surgeon.grouping.groups, surgeon.grouping.branches)
     return surgeon.cut(model, plan.keep)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules whose hooks have left tensors with a history on them."""
-    made = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 
 def is_gated(model: nn.Module) -> bool:
@@ -185,7 +187,7 @@ def _set_own_widths(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = shape[0]
-    elif type(module) is nn.MultiheadAttention:
+    elif type(module) in (nn.MultiheadAttention, PrunedMultiheadAttention):
         PrunedMultiheadAttention.adopt(module)
 
 

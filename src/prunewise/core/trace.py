@@ -7,36 +7,28 @@ the dispatcher are recorded, with the parameter names, the module that called, a
 
 from __future__ import annotations
 
-import copy
-import functools
-import gc
-import logging
-import sys
-import sysconfig
 import weakref
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prunewise.core.errors import TraceError
+from prunewise.core.lines import line_here, line_of
+from prunewise.core.untouched import attributes_kept, drop_cached_fakes, in_mode, plain_attention, quiet
 
 Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
-
-_LIBRARIES = tuple(
-    str(Path(p))
-    for p in {sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent), str(Path(__file__).parents[1])}
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,16 @@ class Op:
         """The operator's name without namespace, overload and in-place mark: `add` for `aten::add_.Tensor`."""
         name = self.func._schema.name.split("::")[1]
         return name[:-1] if name.endswith("_") and not name.startswith("__") else name
+
+    @property
+    def is_view(self) -> bool:
+        """True where a result shares memory with an argument that stays as it is."""
+        return any(r.alias_info is not None and not r.alias_info.is_write for r in self.func._schema.returns)
+
+    @property
+    def computes(self) -> bool:
+        """False for views and copies: what they do shows in the operations that read them."""
+        return not self.is_view and self.name not in ("clone", "_unsafe_view", "contiguous")
 
     @property
     def inputs(self) -> list[int]:
@@ -168,19 +170,8 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = tuple(self.register(t, "op") for t in tree_flatten(out)[0] if isinstance(t, Tensor))
         module = self._stack[-1] if self._stack else ""
-        self.trace.ops.append(Op(len(self.trace.ops), func, bound, outputs, module, _user_line()))
+        self.trace.ops.append(Op(len(self.trace.ops), func, bound, outputs, module, line_here()))
         return out
-
-
-def _user_line() -> str:
-    """file:line of the innermost frame that is neither Python's, torch's nor ours."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 @contextmanager
@@ -206,99 +197,6 @@ def _module_stack(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever `forward` stores on modules (caches, counters, weights made by hooks) is put back.
-
-    Containers in attributes get their former contents back as well: fake tensors must not leak into a user's cache.
-    """
-    before = [(m, dict(vars(m))) for m in model.modules()]
-    contents: dict[int, tuple[Any, Any]] = {}
-    for _, attributes in before:
-        for name, value in attributes.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                _note_contents(value, contents)
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            now = vars(module)
-            for name in set(now) - set(attributes):
-                del now[name]
-            now.update(attributes)
-        for container, content in contents.values():
-            if type(container) is list:
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
-
-
-def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:
-    """Shallow copies of dicts, lists and sets, and of those inside them."""
-    if depth and type(value) in (dict, list, set, OrderedDict, defaultdict) and id(value) not in contents:
-        contents[id(value)] = (value, copy.copy(value))
-        for item in list(value.values()) if isinstance(value, dict) else list(value):
-            _note_contents(item, contents, depth - 1)
-
-
-def _drop_cached_fakes(alive: list[weakref.ref[Tensor]]) -> None:
-    """Clear the user's `functools` caches where a fake tensor of the trace has got into one."""
-    if not any(isinstance(ref(), FakeTensor) for ref in alive):
-        return
-    gc.collect()
-    if not any(isinstance(ref(), FakeTensor) for ref in alive):
-        return
-    for thing in gc.get_objects():
-        if type(thing) is functools._lru_cache_wrapper:
-            module = sys.modules.get(getattr(thing, "__module__", "") or "")
-            if not str(getattr(module, "__file__", "") or "").startswith(_LIBRARIES):
-                thing.cache_clear()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode while active; every module goes back into its own mode afterwards."""
-    with in_mode(model, False):
-        yield
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in train or eval mode, and each back into its own afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    for m, _ in before:
-        m.training = training
-    try:
-        yield
-    finally:
-        for m, was in before:
-            m.training = was
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the stack that torch logs for every operation that fails on fake tensors: ours are expected."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> Trace:
@@ -355,7 +253,7 @@ def record_partly(
         attributes_kept(model),
         in_mode(model, training),
         plain_attention(),
-        _quiet(),
+        quiet(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
@@ -372,11 +270,7 @@ def record_partly(
             with fake, recorder, watch(recorder) if watch else nullcontext():
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         except Exception as error:
-            failure = TraceError(
-                f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
-                f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
-                "positional arguments, or a dict of keyword arguments."
-            )
+            failure = TraceError(_what_failed(model, example_inputs, error))
             failure.__cause__ = error
             return trace, failure
         trace.outputs.extend(recorder.register(leaf, "constant") for leaf in tensors_of(out))
@@ -384,7 +278,7 @@ def record_partly(
     del out, state, args, kwargs
     memo.clear()
     named.clear()
-    _drop_cached_fakes(alive)
+    drop_cached_fakes(alive)
     return trace, None
 
 
@@ -403,6 +297,28 @@ def tensors_of(out: Any) -> list[Tensor]:
             seen.add(id(item))
             queue.extend(vars(item).values())
     return leaves
+
+
+def _what_failed(model: nn.Module, example_inputs: Inputs, error: Exception) -> str:
+    """The message of a forward pass that could not be recorded, with a remedy that fits."""
+    if not isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        return (
+            f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
+            f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
+            "positional arguments, or a dict of keyword arguments."
+        )
+    line = line_of(error)
+    where = f" at {line}" if line else ""
+    if isinstance(error, DynamicOutputShapeException):
+        why = "the size of its result depends on the values of tensors"
+        remedy = "keep the size fixed (`x * mask` or `torch.where(mask, x, 0)` instead of `x[mask]`)"
+    else:
+        why = "it makes a Python number of a tensor's value"
+        remedy = "compute with the tensor itself (`torch.where` instead of `if`), or pass the number to `model(...)`"
+    return (
+        f"{type(model).__name__} cannot be traced: {error.func}{where}: {why}, and a trace knows shapes only. In forward, "
+        f"{remedy}; or do that step outside the model, in the loss, say."
+    )
 
 
 def _shapes(example_inputs: Inputs) -> str:

@@ -200,5 +200,4 @@ def zeroing(op: Op) -> list[list[Any]]:
         return [[x]] if plain and (low is None or low <= 0) and (high is None or high >= 0) else []
     if name == "pow":
         return [[x]] if isinstance(a.get("exponent"), (int, float)) and a["exponent"] > 0 else []
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns)
-    return [[x]] if name in _ZERO_STAYS or is_view else []
+    return [[x]] if name in _ZERO_STAYS or op.is_view else []

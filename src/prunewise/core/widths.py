@@ -72,12 +72,13 @@ def _moved_slice(
     new, _ = record_partly(small, inputs, training=training)
     if [op.func for op in new.ops] != [op.func for op in each.trace.ops]:
         return None  # the numbers decide
+    alive = costs.grouping.alive(keep)
     for a, b in zip(each.trace.ops, new.ops, strict=True):
         if a.name not in ("slice", "select", "narrow") or a.args["self"].id not in each.layouts:
             continue
         layout = each.layouts[a.args["self"].id]
         dim = int(a.args["dim"]) % len(layout.shape)
-        mask = costs.grouping.kept(layout, dim, keep)
+        mask = costs.grouping.kept(layout, dim, alive)
         start = "index" if a.name == "select" else "start"
         old, now = (int(op.args.get(start) or 0) for op in (a, b))
         if mask is not None and int(mask[: old % len(mask)].sum()) != now % max(1, int(mask.sum())):
@@ -129,9 +130,7 @@ def _computing(trace: Trace, replaced: set[str]) -> list[Op]:
 def _computes(op: Op, replaced: set[str]) -> bool:
     if any(op.module == name or op.module.startswith(f"{name}.") for name in replaced):
         return False
-    return op.name not in ("clone", "_unsafe_view", "contiguous") and not any(
-        r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns
-    )
+    return op.computes
 
 
 def _failed_at(before: list[Op], after: list[Op], old: Trace, new: Trace) -> int:

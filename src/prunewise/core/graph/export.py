@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call, template
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
-from prunewise.core.trace import plain_attention
+from prunewise.core.untouched import plain_attention
 
 _aten = torch.ops.aten
 
@@ -71,6 +71,8 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph
             ):
                 break
             call.fixed.add(training)
+            if given is call.tensors:  # another export would fix the same size
+                break
     if module is None:
         raise failure
     if training in call.fixed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping
 
@@ -45,9 +44,7 @@ def rebuild(
     """
     grouping = grouping.grouping if isinstance(grouping, CostModel) else grouping
     call = Call.of(model, example_inputs)
-    old = grouping.structure.flow
-    flow = dataclasses.replace(old, store=copy.deepcopy(old.store), state=dict(old.state), rectangles=[], demands=[])
-    cut = Cut(Grouping(grouping.structure, grouping.groups, grouping.roots, grouping.group_of), flow, keep)
+    cut = Cut(grouping, keep)
     skeleton = copy.deepcopy(skeleton_of(model, {}))
     slice_state(skeleton, state_slices(grouping, keep))
     graphs = {False: export_graph(model, call, False)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunewise.core.errors import VerificationError
-from prunewise.core.flow import Flow
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
 from prunewise.core.groups import Grouping
 from prunewise.core.labels import Layout
@@ -32,13 +32,12 @@ _PIECES = {
 class Cut:
     """Which labels stay."""
 
-    def __init__(self, grouping: Grouping, flow: Flow, keep: Mapping[str, tuple[int, ...]]) -> None:
-        self.grouping, self.flow = grouping, flow
-        self.alive = np.ones(len(grouping.roots) + 1, dtype=bool)  # the last one is for labels of no class (-1)
-        for group in grouping.groups:
-            if group.name in keep:
-                gone = np.setdiff1d(np.arange(group.size), np.asarray(keep[group.name], dtype=np.int64))
-                self.alive[group.class_ids[gone]] = False
+    def __init__(self, grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> None:
+        # The graph's labels go on from the model's, in a store of their own.
+        old = grouping.structure.flow
+        self.flow = replace(old, store=copy.deepcopy(old.store), state=dict(old.state), rectangles=[], demands=[])
+        self.grouping = replace(grouping, structure=replace(grouping.structure, flow=self.flow))
+        self.alive = grouping.alive(keep)
 
     def run(self, trace: Trace) -> dict[int, Layout]:
         """Layouts of all tensors of a trace of the same model.
@@ -56,27 +55,13 @@ class Cut:
         if (now != roots)[~self.alive[:-1]].any() or not self.alive[:-1][np.isin(roots, now[now != roots])].all():
             raise VerificationError("the exported graph ties channels that the model does not tie")
         for labels, reason in store.pins[pins:]:
-            if not self.alive[self._classes(labels)].all():
+            if not self.alive[self.grouping.classes(labels)].all():
                 raise VerificationError(f"in the exported graph these channels must stay: {reason}")
         return layouts
 
-    def _classes(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        roots = self.grouping.roots
-        found = self.flow.store.roots(labels)
-        at = np.minimum(np.searchsorted(roots, found), max(len(roots) - 1, 0))
-        return np.where(roots[at] == found, at, -1) if len(roots) else np.full(found.shape, -1)
-
     def kept(self, layout: Layout, dim: int) -> npt.NDArray[np.bool_] | None:
         """Which indices of a dimension stay; None where all do."""
-        block = layout.block_at(dim % max(len(layout.shape), 1))
-        if block is None:
-            return None
-        table = np.moveaxis(block.labels, block.dims.index(dim % len(layout.shape)), 0)
-        classes = self._classes(table.reshape(len(table), -1))
-        if not (classes == classes[:, :1]).all():  # joint labels that go along another dimension
-            return None
-        mask = self.alive[classes[:, 0]]
-        return None if mask.all() else mask
+        return self.grouping.kept(layout, dim, self.alive)
 
     def shape(self, layout: Layout) -> tuple[int, ...]:
         """The shape of what stays."""

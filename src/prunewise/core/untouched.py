@@ -1,0 +1,113 @@
+"""Run a model in another way for a moment, and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import logging
+import sys
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from prunewise.core.lines import is_users
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever `forward` stores on modules (caches, counters, weights made by hooks) is put back.
+
+    Containers in attributes get their former contents back as well: fake tensors must not leak into a user's cache.
+    """
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    contents: dict[int, tuple[Any, Any]] = {}
+    for _, attributes in before:
+        for name, value in attributes.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                _note_contents(value, contents)
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in set(now) - set(attributes):
+                del now[name]
+            now.update(attributes)
+        for container, content in contents.values():
+            if type(container) is list:
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+
+
+def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:
+    """Shallow copies of dicts, lists and sets, and of those inside them."""
+    if depth and type(value) in (dict, list, set, OrderedDict, defaultdict) and id(value) not in contents:
+        contents[id(value)] = (value, copy.copy(value))
+        for item in list(value.values()) if isinstance(value, dict) else list(value):
+            _note_contents(item, contents, depth - 1)
+
+
+def drop_cached_fakes(alive: list[weakref.ref[Tensor]]) -> None:
+    """Clear the user's `functools` caches where a fake tensor of the trace has got into one."""
+    if not any(isinstance(ref(), FakeTensor) for ref in alive):
+        return
+    gc.collect()
+    if not any(isinstance(ref(), FakeTensor) for ref in alive):
+        return
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper:
+            module = sys.modules.get(getattr(thing, "__module__", "") or "")
+            if is_users(str(getattr(module, "__file__", "") or "")):
+                thing.cache_clear()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while active; every module goes back into its own mode afterwards."""
+    with in_mode(model, False):
+        yield
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in train or eval mode, and each back into its own afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    for m, _ in before:
+        m.training = training
+    try:
+        yield
+    finally:
+        for m, was in before:
+            m.training = was
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the stack that torch logs for every operation that fails on fake tensors: ours are expected."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
