@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import prunewise as pw
+from prunewise.channels.control import Schedule
 from prunewise.channels.gate import sigmoid_slope
 
 
@@ -57,13 +58,15 @@ def attach(model: nn.Module, **kwargs: Any) -> pw.GateSession:
     return pw.attach_gates(model, X, **{"budget": HALF, "total_steps": STEPS, **kwargs})
 
 
-def train(model: nn.Module, gates: pw.GateSession, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(
+    model: nn.Module, gates: pw.GateSession, optimizer: torch.optim.Optimizer, steps: range, shrinking: bool = False
+) -> None:
     for step in steps:
         loss = loss_of(model, step) + gates.penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        gates.step()
+        gates.step(optimizer if shrinking else None)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -382,19 +385,70 @@ def test_shrinking_while_training(every: int) -> None:
     model = net()
     modules = [id(m) for m in model.modules()]
     gates = attach(model, shrink_every=every)
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        loss = loss_of(model, step) + gates.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        gates.step(optimizer)
+    train(model, gates, sgd(model), range(STEPS), shrinking=True)
     assert model.a.weight.shape[0] < 10 or model.b.weight.shape[0] < 8
     plan = gates.harden()
     small = check(gates, model)
     assert [id(m) for m in model.modules()] == modules
     whole = pw.apply_plan(net(), plan, X)  # the plan is one for the original
     assert {k: v.shape for k, v in whole.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+
+
+def start(seed: int, **kwargs: Any) -> tuple[Net, torch.optim.Optimizer, pw.GateSession]:
+    """A model that is shrunk while its gates close, and an optimizer made before the gates that holds them as well."""
+    model = net(seed)
+    optimizer = sgd(model)
+    gates = attach(model, **{"shrink_every": 2, "schedule": Schedule(close=0.6), **kwargs})
+    optimizer.add_param_group({"params": list(gates.parameters()), "weight_decay": 0.0})
+    return model, optimizer, gates
+
+
+@pytest.mark.parametrize("control", ["fisher", "descent"])
+@pytest.mark.parametrize(("stop", "macs"), [(7, 0.5), (15, 0.5), (15, 0.1)])  # to a tenth: a group of one unit is none
+def test_resuming_a_shrunk_model_equals_an_undisturbed_run(tmp_path: Any, stop: int, macs: float, control: str) -> None:
+    options = {"budget": pw.Budget(macs=macs), "control": control}
+    whole, optimizer, gates = start(0, **options)
+    train(whole, gates, optimizer, range(STEPS), shrinking=True)
+
+    first, optimizer, one = start(0, **options)
+    train(first, one, optimizer, range(stop), shrinking=True)
+    assert first.a.weight.shape[0] < 10
+    torch.save([first.state_dict(), optimizer.state_dict(), one.state_dict()], tmp_path / "state.pt")
+    model_state, optimizer_state, gate_state = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    second, optimizer, two = start(1, **options)
+    two.load_state_dict(gate_state, optimizer)
+    second.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    assert two.cost() == one.cost()
+    train(second, two, optimizer, range(stop, STEPS), shrinking=True)
+    assert two.harden() == gates.harden()
+    for a, b in zip(gates.finish().state_dict().values(), two.finish().state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_shrunk_state_that_cannot_be_loaded_changes_nothing() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    state = gates.state_dict()
+    fresh, optimizer, session = start(1)
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(pw.PlanError, match=r"gates\.load_state_dict\(state, optimizer\)"):
+        session.load_state_dict(state)
+    with pytest.raises(pw.PlanError, match=r"indices in \[0, 10\)"):
+        session.load_state_dict({**state, "units": {**state["units"], "a": [3, 99]}}, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), fresh.state_dict().values(), strict=True))
+    session.load_state_dict(state, optimizer)
+    session.load_state_dict(state)  # nothing is left to shrink
+    with pytest.raises(pw.PlanError, match="on the original model"):
+        session.load_state_dict(start(0)[2].state_dict(), optimizer)
+
+
+def test_shrinking_takes_the_gates_in_the_optimizer_along() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in [*model.parameters(), *gates.parameters()])
 
 
 def test_shrinking_needs_the_optimizer() -> None:

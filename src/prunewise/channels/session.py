@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -142,7 +142,8 @@ class GateSession:
         self._fingerprint = fingerprint(model)
         self._costs = surgeon.costs  # of the original: plans are always plans for it
         self._limits = control.limits  # of the original, as well
-        self._original: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
+        self._whole: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
+        self._original = self._whole  # the units of the original that are left, by group
         self._shrink_every = shrink_every
         self._weights: dict[str, Tensor] = {}
         control.ranking = self._magnitudes
@@ -225,6 +226,20 @@ class GateSession:
             return False
         if optimizer is None:
             raise PlanError("shrinking slices the optimizer's state too: call gates.step(optimizer)")
+        try:
+            self._cut(keep, optimizer)
+        except (VerificationError, PlanError) as error:
+            warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
+            self._shrink_every = None
+            return False
+        return True
+
+    def _cut(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
+        """Cut the model down to `keep`, in place, and with it all that is counted in its units.
+
+        Raises:
+            VerificationError, PlanError: it cannot be cut; model and gates are as they were.
+        """
         slices = state_slices(self._surgeon.grouping, keep)
         _ungate(self.model)
         self._owners = []
@@ -232,25 +247,30 @@ class GateSession:
             small = self._surgeon.cut(self.model, keep)
             surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
             limits = self._limits_after(surgeon, keep)
-        except (VerificationError, PlanError) as error:
-            warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
-            self._shrink_every = None
+            move_optimizer(optimizer, self.model, small, slices)
+        except (VerificationError, PlanError):
             self._attach()
-            return False
-        move_optimizer(optimizer, self.model, small, slices)
+            raise
         graft(self.model, small)
         self._original = {
             name: tuple(units[i] for i in keep[name]) if name in keep else units
             for name, units in self._original.items()
         }
+        before = self._gates_by_name()
+        self.control.keep = keep
         self.control.shrink(limits)
         self._surgeon = surgeon
         device = next(self.model.parameters()).device
         self._gates = Gates(
             [g.size for g in limits.groups], device, self._gates.shaping, self._initial, len(limits.branches)
         )
+        _swap_parameters(optimizer, before, self._gates_by_name())
         self._attach()
-        return True
+
+    def _gates_by_name(self) -> dict[tuple[str, str], nn.Parameter]:
+        limits = self.control.limits
+        names = [*(("group", g.name) for g in limits.groups), *(("block", b.name) for b in limits.branches)]
+        return dict(zip(names, self.parameters(), strict=True))
 
     def _limits_after(self, surgeon: Surgeon, keep: Keep) -> Limits:
         """The limits for the shrunk model: its groups are the old ones, smaller; a single unit is no group."""
@@ -329,17 +349,46 @@ class GateSession:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs besides the model's and the optimizer's own state: tensors, numbers, lists, strings."""
-        return self.control.state_dict()
+        units = {name: list(units) for name, units in self._original.items()}
+        return {**self.control.state_dict(), "units": units, "shrink_every": self._shrink_every}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; for a session made with the same arguments.
+    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Go on from `state_dict()`, in a session freshly made with the same arguments on the original, full-size model.
+
+        A model that had been shrunk (`shrink_every=`) is shrunk again, in place, to the structure that it was saved
+        with. So the order of calls is: model, optimizer and session as the first run made them, then
+
+            gates.load_state_dict(gate_state, optimizer)
+            model.load_state_dict(model_state)
+            optimizer.load_state_dict(optimizer_state)
+
+        Args:
+            state: of `state_dict()`.
+            optimizer: needed where the saved model had been shrunk: its parameters are replaced by the smaller ones. It
+                has to be made before, for a shrunk model lists its parameters in another order.
 
         Raises:
-            PlanError: the state is of other groups.
+            PlanError: the state is of other groups, or the optimizer is missing; nothing was changed.
         """
-        sizes = {g.name: g.size for g in self.control.limits.groups}
-        if set(state.get("keep", ())) != set(sizes):
+        units: Keep = {name: tuple(kept) for name, kept in state.get("units", self._whole).items()}
+        shrunk = units != self._original
+        left = {name for name, kept in units.items() if len(kept) > 1} if shrunk else {g.name for g in self.groups}
+        if set(units) != set(self._whole) or set(state.get("keep", ())) != left:
             raise PlanError("the saved gates are of another model, or of other include/exclude choices")
+        for name, kept in units.items():
+            _check_units(name, kept, len(self._whole[name]))
+        if shrunk and self._original != self._whole:
+            raise PlanError(
+                "this session has shrunk its model already: load the state into a new one, on the original model"
+            )
+        if shrunk and optimizer is None:
+            raise PlanError(
+                "the saved model had been shrunk, so the optimizer needs its smaller parameters: make it before, and call "
+                "gates.load_state_dict(state, optimizer)"
+            )
+        if shrunk and optimizer is not None:
+            self._cut(units, optimizer)
+        self._shrink_every = state.get("shrink_every", self._shrink_every)
         self.control.load_state_dict(state)
         self._show(self.control.keep)
 
@@ -451,3 +500,22 @@ def _ungate(model: nn.Module) -> None:
                 ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
                 module._parameters.clear()
                 module._parameters.update(ordered)
+
+
+def _check_units(name: str, kept: Sequence[int], size: int) -> None:
+    if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(size)):
+        raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")
+
+
+def _swap_parameters(
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[tuple[str, str], nn.Parameter],
+    after: Mapping[tuple[str, str], nn.Parameter],
+) -> None:
+    """Where `optimizer` holds gates from before, it gets those of the same name; gates that are gone leave it."""
+    successor = {old: after.get(name) for name, old in before.items()}
+    for group in optimizer.param_groups:
+        now = [successor.get(p, p) for p in group["params"]]
+        group["params"] = [p for p in now if p is not None]
+    for old in successor:
+        optimizer.state.pop(old, None)
