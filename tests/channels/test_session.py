@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -355,9 +356,44 @@ def test_set_plan() -> None:
     gates.set_plan(plan)
     assert gates.cost().as_dict() == plan.cost_after
     assert dict(gates.harden().keep) == dict(plan.keep)
-    other = pw.plan_channels(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.zeros(1, 3), budget=HALF)
-    with pytest.raises(pw.PlanError, match="no gates here"):
-        gates.set_plan(other)
+
+
+def changed(plan: pw.ChannelPlan, kept: Any) -> pw.ChannelPlan:
+    return dataclasses.replace(plan, keep={**plan.keep, "a": kept})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: dataclasses.replace(p, fingerprint="0" * 16), "for another model"),
+        (lambda p: dataclasses.replace(p, sizes={**p.sizes, "a": 11}), "'a' of 11 units, which has no gates here"),
+        (lambda p: dataclasses.replace(p, keep={"x": (0,)}), "'x' of None units, which has no gates here"),
+        (lambda p: changed(p, (0, 10)), r"'a': kept units should be indices in \[0, 10\)"),
+        (lambda p: changed(p, (-1, 3)), r"'a': kept units should be indices in \[0, 10\)"),
+        (lambda p: changed(p, (3, 3)), "'a': .* without repetition"),
+        (lambda p: changed(p, (3, 2)), "'a': .* ascending"),
+        (lambda p: changed(p, ()), "'a': nothing is kept"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(
+    spoil: Callable[[pw.ChannelPlan], pw.ChannelPlan], message: str
+) -> None:
+    plan = pw.plan_channels(net(), X, budget=HALF, importance="random")
+    model = net()
+    gates = attach(model)
+    gates.set_plan(plan)
+    want = model(data(0)[0])
+    with pytest.raises(pw.PlanError, match=message):
+        gates.set_plan(spoil(plan))
+    assert torch.equal(model(data(0)[0]), want)
+    assert gates.harden().keep == plan.keep
+
+
+def test_no_plan_opens_what_was_shrunk() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    with pytest.raises(pw.PlanError, match="has been shrunk"):
+        gates.set_plan(gates.harden())
 
 
 def test_frozen_weights_learn_gates_all_the_same() -> None:

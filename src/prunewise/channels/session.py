@@ -295,14 +295,33 @@ class GateSession:
         return self._surgeon.costs({name: len(kept) for name, kept in self.control.keep.items()})
 
     def set_plan(self, plan: ChannelPlan) -> None:
-        """Open and close the gates as `plan` says (groups that it does not name are open)."""
+        """Open and close the gates as `plan` says (groups that it does not name are open).
+
+        Raises:
+            PlanError: the plan is not one for this model and these gates, or the model has been shrunk, while plans are
+                for the original; the message names what is wrong. Nothing was changed.
+        """
         self._require_attached()
-        for name, size in plan.sizes.items():
-            known = {g.name: g.size for g in self.control.limits.groups}
-            if known.get(name) != size:
-                raise PlanError(f"the plan is for a group {name!r} of {size} units, which has no gates here")
+        if plan.fingerprint != self._fingerprint:
+            raise PlanError(
+                "the plan is for another model than the one that has the gates: names or shapes of parameters differ. Make "
+                "a plan for this architecture, unpruned"
+            )
+        if self._original != self._whole:
+            raise PlanError(
+                "the model has been shrunk, and what is removed cannot be opened again: set the plan before training, or "
+                "attach the gates without shrink_every="
+            )
+        for name, kept in plan.keep.items():
+            size = plan.sizes.get(name)
+            if name not in self._whole or size != len(self._whole[name]):
+                raise PlanError(
+                    f"the plan is for a group {name!r} of {size} units, which has no gates here: attach them with the "
+                    "include= and exclude= that the plan was made with"
+                )
+            _check_units(name, kept, len(self._whole[name]))
         check_keep(plan.keep, self.control.limits.branches)
-        self.control.keep = {g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups}
+        self.control.keep = {name: tuple(plan.keep.get(name, units)) for name, units in self._whole.items()}
         self._show(self.control.keep)
 
     def harden(self) -> ChannelPlan:
