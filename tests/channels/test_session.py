@@ -191,6 +191,14 @@ def test_clipping_does_not_see_the_gates() -> None:
     check(gates, model)
 
 
+def test_an_optimizer_that_holds_the_gates_does_not_move_them() -> None:
+    model = net()
+    gates = attach(model)
+    optimizer = torch.optim.Adam([*model.parameters(), *gates.parameters()], lr=0.3)
+    train(model, gates, optimizer, range(STEPS))
+    check(gates, model)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_average_of_weights(use_buffers: bool) -> None:
     model = net()
@@ -485,6 +493,36 @@ def test_shrinking_takes_the_gates_in_the_optimizer_along() -> None:
     train(model, gates, optimizer, range(STEPS), shrinking=True)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in [*model.parameters(), *gates.parameters()])
+
+
+def test_shrinking_where_every_group_keeps_several_units() -> None:
+    model, optimizer, gates = start(0, min_keep=2)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    assert model.a.weight.shape[0] < 10
+
+
+class Flattened(Net):
+    """A width that is written into forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8 * 9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.bn(self.a(x)).relu()).view(-1, 8 * 9))
+
+
+@pytest.mark.filterwarnings("ignore:the small")
+def test_a_model_that_would_lose_its_class_is_not_shrunk_while_it_trains() -> None:
+    model = Flattened()
+    gates = attach(model, shrink_every=2, include="b", budget=pw.Budget(params=0.7))
+    with pytest.warns(UserWarning, match="cannot be shrunk while it trains: its forward has widths") as seen:
+        train(model, gates, sgd(model), range(STEPS), shrinking=True)
+    assert sum("while it trains" in str(w.message) for w in seen) == 1
+    assert model.b.weight.shape[0] == 8
+    small = gates.finish()
+    assert type(model) is Flattened
+    assert pw.measure(small, X).as_dict() == gates.plan.cost_after
 
 
 def test_shrinking_needs_the_optimizer() -> None:

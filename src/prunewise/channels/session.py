@@ -22,6 +22,7 @@ from prunewise.channels.oneshot import limits_for, make_plan
 from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
+from prunewise.core.graph import RebuiltModule
 from prunewise.core.groups import Choice
 from prunewise.core.optimizer import move_optimizer
 from prunewise.core.plan import ChannelPlan, fingerprint
@@ -203,6 +204,8 @@ class GateSession:
             value.grad = None
         if self.control.update():
             self._show(self.control.keep)
+        else:
+            self._set_values()  # an optimizer that holds the gates has moved them
         if self._shrink_every and self.control.step % self._shrink_every == 0:
             self.shrink(optimizer)
 
@@ -245,6 +248,10 @@ class GateSession:
         self._owners = []
         try:
             small = self._surgeon.cut(self.model, keep)
+            if isinstance(small, RebuiltModule):
+                raise VerificationError(
+                    "its forward has widths written into it, so only the final network is made smaller"
+                )
             surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
             limits = self._limits_after(surgeon, keep)
             move_optimizer(optimizer, self.model, small, slices)
@@ -266,6 +273,7 @@ class GateSession:
         )
         _swap_parameters(optimizer, before, self._gates_by_name())
         self._attach()
+        self._show(self.control.keep)
 
     def _gates_by_name(self) -> dict[tuple[str, str], nn.Parameter]:
         limits = self.control.limits
@@ -287,7 +295,9 @@ class GateSession:
             raise PlanError("no group has more than one unit left")
         latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
         names = {b.name for b in old.branches}
-        branches = [b for b in droppable(surgeon.grouping.branches, groups, old.min_keep) if b.name in names]
+        branches = [b for b in surgeon.grouping.branches if b.name in names]
+        if branches:
+            branches = list(droppable(branches, groups, old.min_keep))
         return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches))
 
     def cost(self) -> Cost:
@@ -489,12 +499,20 @@ class GateSession:
 
     def _show(self, keep: Keep) -> None:
         """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
+        limits, gates = self.control.limits, self._gates
+        self._shown = [torch.full_like(value, -self._initial) for value in self.parameters()]
         with torch.no_grad():
-            for group, value in zip(self.control.limits.groups, self._gates.values, strict=True):
+            for group, value in zip(limits.groups, self._shown[: len(gates.values)], strict=True):
                 index = torch.tensor(keep[group.name], dtype=torch.int64, device=value.device)
-                value.fill_(-self._initial).index_fill_(0, index, self._initial)
-            for branch, value in zip(self.control.limits.branches, self._gates.blocks, strict=True):
-                value.fill_(-self._initial if branch.dropped(keep) else self._initial)
+                value.index_fill_(0, index, self._initial)
+            for branch, value in zip(limits.branches, self._shown[len(gates.values) :], strict=True):
+                if not branch.dropped(keep):
+                    value.fill_(self._initial)
+        self._set_values()
+
+    def _set_values(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters()), self._shown)
 
     def _require_attached(self) -> None:
         if not self.attached:
