@@ -81,6 +81,7 @@ def attach_gates(
 
     Raises:
         BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
+        PlanError: a setting is out of range, or settings do not go together.
         NoPrunableGroupError: nothing can be removed.
         AlreadyGatedError: gates are attached already.
         TraceError: the model does not run on `example_inputs`.
@@ -101,6 +102,8 @@ def attach_gates(
         raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
+    if shrink_every is not None and (type(shrink_every) is not int or shrink_every < 1):
+        raise PlanError(f"shrink_every={shrink_every!r} should be a number of steps, at least 1, or None")
     if drop_blocks and control != "fisher":
         raise PlanError(f"drop_blocks=True needs control='fisher', not {control!r}: it measures what a block is worth")
     surgeon = Surgeon.of(model, example_inputs, blocks=drop_blocks)
