@@ -237,6 +237,39 @@ def test_steps_that_overflow_do_not_count() -> None:
     check(gates, model)
 
 
+@pytest.mark.parametrize("control", ["fisher", "descent"])
+def test_a_scale_that_changes_changes_nothing(control: str) -> None:
+    """The scale is doubled after every step: the last ones would count for everything if the gates were not told."""
+    plain = net()
+    reference = attach(plain, control=control)
+    train(plain, reference, sgd(plain), range(STEPS))
+
+    model = net()
+    gates = attach(model, control=control)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step) + gates.penalty()).backward()
+        scaler.step(optimizer)
+        gates.step(grad_scale=scaler.scale(torch.ones(())))
+        scaler.update()
+    assert scaler.get_scale() == 2.0**STEPS
+    for mass, want in zip(gates.state_dict()["mass"], reference.state_dict()["mass"], strict=True):
+        torch.testing.assert_close(mass, want)
+    assert gates.harden() == reference.harden()
+
+
+def test_a_scale_as_a_number() -> None:
+    scaled, plain = attach(net()), attach(net())
+    (8 * loss_of(scaled.model, 0)).backward()
+    loss_of(plain.model, 0).backward()
+    scaled.step(grad_scale=8.0)
+    plain.step()
+    for mass, want in zip(scaled.state_dict()["mass"], plain.state_dict()["mass"], strict=True):
+        assert torch.equal(mass, want)
+
+
 def test_a_loss_that_is_never_finite_is_an_error() -> None:
     model = net()
     gates = attach(model)

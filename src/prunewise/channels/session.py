@@ -183,11 +183,21 @@ class GateSession:
         excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
         return self._gates.values[0].new_tensor(excess)
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None, *, grad_scale: float | Tensor = 1.0) -> None:
         """Once after every `optimizer.step()`: read the gates' gradients, and close gates where it is time.
+
+        In float16 a gradient scaler multiplies the loss by a number that changes. Tell it, before the scaler changes it:
+
+            scaler.scale(criterion(model(inputs), targets) + gates.penalty()).backward()
+            scaler.step(optimizer)
+            gates.step(grad_scale=scaler.scale(torch.ones((), device=device)))
+            scaler.update()
 
         Args:
             optimizer: needed with `shrink_every` only: its state is sliced when channels are removed.
+            grad_scale: what the loss was multiplied by before `backward()`, > 0; a number, or a tensor of one element, which
+                is not read on the host. Leave it at 1 where the optimizer holds the gates and `scaler.unscale_(optimizer)`
+                was called.
 
         Raises:
             NonFiniteError: the loss has given no finite gradient.
@@ -202,6 +212,8 @@ class GateSession:
                 "clear the gates' gradients in between"
             )
         blocks = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.blocks]
+        if isinstance(grad_scale, Tensor) or grad_scale != 1:
+            gradients, blocks = [g / grad_scale for g in gradients], [g / grad_scale for g in blocks]
         self.control.observe(gradients, blocks)
         for value in self.parameters():
             value.grad = None
