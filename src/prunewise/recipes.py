@@ -225,9 +225,10 @@ def compress(
             run.gated = task.score(network) if plan is not None else None
         run.train(progress)
         if session is not None:
-            plan = session.harden()
+            session.harden()
             run.gated = task.score(network)
             network = session.finish()
+            plan = session.plan
         assert plan is not None
         small = network.eval()
         report = CompressReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,9 @@ from prunewise.channels.descent import DescentControl
 from prunewise.channels.dropping import droppable
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.importance import magnitude
+from prunewise.channels.latency import in_words, measure_latency
 from prunewise.channels.oneshot import limits_for, make_plan
+from prunewise.channels.replay import device_of
 from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
@@ -120,7 +123,7 @@ def attach_gates(
         steering = DescentControl(limits, total_steps, plan, device, initial=initial)
     else:
         raise PlanError(f"control {control!r} should be 'fisher' or 'descent'")
-    session = GateSession(model, surgeon, gates, steering, initial, shrink_every)
+    session = GateSession(model, surgeon, gates, steering, initial, shrink_every, budget.device)
     session._prove()
     return session
 
@@ -136,6 +139,7 @@ class GateSession:
         control: GateControl,
         initial: float,
         shrink_every: int | None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.model = model
         self.control = control
@@ -149,6 +153,7 @@ class GateSession:
         self._whole: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
         self._original = self._whole  # the units of the original that are left, by group
         self._shrink_every = shrink_every
+        self._device = device  # where latency counts; None: where the model is
         self._weights: dict[str, Tensor] = {}
         control.ranking = self._magnitudes
 
@@ -364,6 +369,10 @@ class GateSession:
     def finish(self, model: nn.Module | None = None) -> nn.Module:
         """Harden the gates, remove what is closed, and return the small network, a plain module.
 
+        The plan is then in `gates.plan`. With a latency budget, its notes say beside the predicted latency
+        ("latency_ms") what the small network takes in truth ("latency_ms_measured", the median of a second's passes),
+        if this is the device, with as many threads, that the budget was measured on.
+
         Args:
             model: a copy of the gated model to cut instead (an average of its weights, say); default: the
                 model itself.
@@ -382,8 +391,16 @@ class GateSession:
             _ungate(model)
         self.detach()
         small = self._surgeon.cut(source, keep)
-        self.plan = plan
+        self.plan = replace(plan, notes={**plan.notes, **self._measured(small)})
         return small
+
+    def _measured(self, small: nn.Module) -> dict[str, str]:
+        latency = self._limits.latency
+        device = device_of(small) if self._device is None else torch.device(self._device)
+        if latency is None or latency.device != in_words(device):
+            return {}
+        taken = measure_latency(small, self._surgeon.example_inputs, device, seconds=1.0)
+        return {"latency_ms_measured": f"{taken:.6g}"}
 
     def detach(self) -> nn.Module:
         """Take the gates off: the original model back, untouched but for its training."""
