@@ -27,6 +27,27 @@ def make_model(seed=0):
                          nn.Linear(12, 3))  # fmt: skip
 
 
+class Residual(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.a, self.bn = nn.Linear(16, 12), nn.BatchNorm1d(12)
+        self.b = nn.Linear(12, 16)
+        nn.init.normal_(self.b.weight, std=scale)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x):
+        return x + self.b(self.bn(self.a(x)).relu())
+
+
+def make_residual():
+    """The second block adds next to nothing."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), Residual(0.3), Residual(1e-6), nn.Linear(16, 3))
+
+
+SHRINKING = {"shrink_every": 4, "drop_blocks": True, "budget": pw.Budget(macs=0.4)}
+
+
 class Noisy(TensorDataset):
     """Draws from all three global generators."""
 
@@ -130,7 +151,7 @@ def test_the_same_seed_gives_the_same_and_global_generators_are_left_alone():
     assert c.history != a.history
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "random"])
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "hybrid", "random"])
 def test_one_shot_methods(method, tmp_path):
     result = run(method=method, val_loader=make_val(), checkpoint=tmp_path)
     assert result.plan.cost_after["macs"] <= 0.5 * result.plan.cost_before["macs"]
@@ -221,6 +242,30 @@ def test_stopped_at_a_step_the_second_call_gives_the_same(tmp_path, step, every,
     assert equal(undisturbed, run(loss=killed_at(-1), checkpoint=tmp_path, **options))  # nothing is left to do
 
 
+@pytest.mark.parametrize(("step", "optimizer"), [*zip((3, 6, 15), OPTIMIZERS.values(), strict=True)])
+def test_stopped_after_a_block_was_dropped_the_second_call_gives_the_same(tmp_path, step, optimizer):
+    options = {"model": make_residual(), "optimizer": optimizer, "checkpoint_every": 1, **SHRINKING}
+    undisturbed = run(loss=killed_at(0), **options)
+    assert undisturbed.plan.drops_blocks
+    with pytest.raises(Killed):
+        run(loss=killed_at(step), checkpoint=tmp_path, **options)
+    assert equal(undisturbed, run(loss=killed_at(0), checkpoint=tmp_path, **options))
+    pw.save_pruned(tmp_path / "small", undisturbed.model, undisturbed.plan)
+    x = torch.randn(4, 6)
+    assert torch.equal(pw.load_pruned(tmp_path / "small", make_residual)(x), undisturbed.model(x))
+
+
+def test_shrinking_makes_the_network_smaller_while_it_trains():
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    run(loss=loss, shrink_every=4)
+    assert sizes[-1] < sizes[0]
+
+
 def test_stopped_again_and_again(tmp_path):
     undisturbed = run(loss=killed_at(0))
     for _ in range(40):
@@ -274,16 +319,21 @@ import json, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from tests.test_recipes import make_data, make_val, run
-result = run(loader=make_data(n=384), val_loader=make_val(), epochs=4, checkpoint={folder!r}, checkpoint_every=3, progress=True)
+from tests.test_recipes import KINDS, make_data, make_val, run
+result = run(loader=make_data(n=384), val_loader=make_val(), epochs=4, checkpoint={folder!r}, checkpoint_every=3, progress=True,
+             **KINDS[{kind!r}]())
 print(json.dumps(result.plan.to_dict()))
 """
 
 
-def test_a_process_that_is_killed_is_gone_on_with(tmp_path):
+KINDS = {"whole": dict, "shrinking": lambda: {"model": make_residual(), **SHRINKING}}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.slow), "shrinking"])
+def test_a_process_that_is_killed_is_gone_on_with(tmp_path, kind):
     torch.set_num_threads(1)
-    undisturbed = run(loader=make_data(n=384), val_loader=make_val(), epochs=4)
-    code = SCRIPT.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path / "c"))
+    undisturbed = run(loader=make_data(n=384), val_loader=make_val(), epochs=4, **KINDS[kind]())
+    code = SCRIPT.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path / "c"), kind=kind)
     killed = 0
     for attempt in range(6):
         child = subprocess.Popen(
@@ -316,6 +366,8 @@ def test_a_process_that_is_killed_is_gone_on_with(tmp_path):
         ({"exclude": "4"}, "groups"),
         ({"round_to": 2}, "limits"),
         ({"method": "magnitude"}, "method"),
+        ({"shrink_every": 3}, "shrink_every"),
+        ({"drop_blocks": True}, "drop_blocks"),
         ({"optimizer": lambda p: torch.optim.Adam(p, lr=0.01)}, "optimizer"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.02)}, "rates"),
         ({"loader": make_data(batch_size=8)}, "steps|inputs"),
@@ -410,6 +462,9 @@ X, Y = torch.randn(8, 6), torch.randint(0, 3, (8,))
         ({"loss": lambda m, b: torch.zeros((), requires_grad=True) * 1}, pw.PrunewiseError, "gradient"),
         ({"optimizer": lambda p: 3}, pw.DataError, "optimizer= gave a int"),
         ({"method": "guess"}, pw.PlanError, "unknown importance 'guess'"),
+        ({"method": "magnitude", "shrink_every": 5}, pw.PlanError, "needs method='gates'"),
+        ({"method": "magnitude", "drop_blocks": True}, pw.PlanError, "importance='taylor'"),
+        ({"shrink_every": 0}, pw.PlanError, "shrink_every=0"),
         ({"budget": pw.Budget(macs=1)}, pw.BudgetError, "cannot come below"),
         ({"exclude": "*"}, pw.NoPrunableGroupError, "can be removed"),
     ],

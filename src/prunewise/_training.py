@@ -245,7 +245,7 @@ class Run:
         loss.backward()
         self.optimizer.step()
         if self.session is not None:
-            self.session.step()
+            self.session.step(self.optimizer)
         self._loss_sum += value
         self._step += 1
 
@@ -320,6 +320,8 @@ class Run:
                     f"{folder} holds another run: its {key} is {str(found)[:80]}, this call's {str(value)[:80]}. Give the same "
                     "arguments to go on with it; name another folder, or delete this one, to start anew"
                 )
+        if self.session is not None:  # first: it shrinks the network to what was saved
+            self.session.load_state_dict(state["gates"], self.optimizer)
         tensors, saved = _state_of(self.network), state["model"]
         for name, tensor in tensors.items():
             if name not in saved or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
@@ -330,8 +332,6 @@ class Run:
         scores = [None if s is None else Score(**s) for s in state["scores"]]
         epoch, step, loss_sum = int(state["epoch"]), int(state["step"]), float(state["loss_sum"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.session is not None:
-            self.session.load_state_dict(state["gates"])
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(saved[name])

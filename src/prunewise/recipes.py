@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from prunewise.channels.budget import Budget
 from prunewise.channels.oneshot import plan_channels
 from prunewise.channels.session import attach_gates
 from prunewise.core.cost import measure
-from prunewise.core.errors import AlreadyGatedError
+from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import apply_plan, is_gated
@@ -109,6 +110,8 @@ def compress(
     exclude: Choice = None,
     min_keep: int = 1,
     round_to: int = 1,
+    drop_blocks: bool = False,
+    shrink_every: int | None = None,
     amp: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -141,12 +144,15 @@ def compress(
         optimizer: makes an optimizer of the list of parameters; default: SGD, learning rate 0.01, Nesterov momentum 0.9,
             weight decay 5e-4.
         lr_schedule: factor of the learning rate at a share of the run in [0, 1); default: half a cosine.
-        method: "gates", or a one-shot importance ("magnitude", "bn_scale", "taylor", "random"), after which the small model is
-            trained.
+        method: "gates", or a one-shot importance ("magnitude", "bn_scale", "taylor", "hybrid", "random"), after which the
+            small model is trained.
         example_inputs: a tensor, a tuple (positional) or a dict (keywords); default: the inputs of the first batch.
         include, exclude: names, shell patterns or a callable that select channel groups.
         min_keep: no group keeps fewer units.
         round_to: kept widths are multiples of this (or the full width).
+        drop_blocks: residual blocks may go as a whole; with gates, "taylor" or "hybrid", and `min_keep` 1.
+        shrink_every: remove closed channels for good every so many steps, so that training gets faster as it prunes; with
+            gates only.
         amp: compute in bfloat16 where torch.autocast sees fit.
         seed: of everything random.
         checkpoint: a folder of this run alone.
@@ -155,6 +161,7 @@ def compress(
 
     Raises:
         BudgetError, NoPrunableGroupError, TraceError, AlreadyGatedError: as `attach_gates`, before any training.
+        PlanError: settings do not go together.
         DataError: the loader or a setting cannot be used.
         NonFiniteError: the loss is not finite; nothing of that step was applied.
         CheckpointError: the folder holds another run, or is damaged.
@@ -169,6 +176,8 @@ def compress(
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
     check_settings(train_loader, epochs, seed, checkpoint_every)
+    if shrink_every is not None and method != "gates":
+        raise PlanError(f"shrink_every= needs method='gates', not {method!r}, which removes all at the start")
     if checkpoint is not None and getattr(train_loader, "persistent_workers", False):
         warnings.warn(
             "persistent_workers: a resumed run may draw other augmentations than an undisturbed one", stacklevel=2
@@ -180,21 +189,24 @@ def compress(
         if example_inputs is None:
             example_inputs = moved(inputs_of(first_batch(train_loader)), device)
         network = copy.deepcopy(model)
-        choice: dict[str, Any] = {"include": include, "exclude": exclude, "min_keep": min_keep, "round_to": round_to}
+        choice: dict[str, Any] = {
+            "include": include, "exclude": exclude, "min_keep": min_keep, "round_to": round_to, "drop_blocks": drop_blocks,
+        }  # fmt: skip
         session, plan = None, None
         steps = len(train_loader)  # type: ignore[arg-type]
         if method == "gates":
-            session = attach_gates(network, example_inputs, budget=budget, total_steps=epochs * steps, **choice)
-        else:
-            batches = (
-                [b for _, b in zip(range(_TAYLOR_BATCHES), train_loader, strict=False)] if method == "taylor" else None
+            total = epochs * steps
+            session = attach_gates(
+                network, example_inputs, budget=budget, total_steps=total, shrink_every=shrink_every, **choice
             )
+        else:
+            data = list(islice(train_loader, _TAYLOR_BATCHES)) if method in ("taylor", "hybrid") else None
             plan = plan_channels(
                 network,
                 example_inputs,
                 budget=budget,
                 importance=method,
-                data=batches,
+                data=data,
                 loss=task.loss,
                 seed=seed,
                 **choice,
@@ -204,16 +216,19 @@ def compress(
         run.optimizer = make_optimizer(optimizer, network)
         run.base_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
         if checkpoint is not None:
-            run.keep_in(Path(checkpoint), checkpoint_every, {"model": fingerprint(model), "budget": repr(budget),
-                                                            "method": method, "amp": amp})  # fmt: skip
+            run.keep_in(Path(checkpoint), checkpoint_every, {
+                "model": fingerprint(model), "budget": repr(budget), "method": method, "amp": amp,
+                "drop_blocks": drop_blocks, "shrink_every": shrink_every,
+            })  # fmt: skip
         if not run.resumed:
             run.original = task.score(model)
             run.gated = task.score(network) if plan is not None else None
         run.train(progress)
         if session is not None:
-            plan = session.harden()
+            session.harden()
             run.gated = task.score(network)
             network = session.finish()
+            plan = session.plan
         assert plan is not None
         small = network.eval()
         report = CompressReport(

@@ -130,6 +130,24 @@ def test_plan_is_within_the_budget_and_no_unit_more_fits(ideal: None) -> None:
     pw.apply_plan(model, plan, x)
 
 
+def test_the_small_network_is_measured_where_the_budget_was(ideal: None) -> None:
+    model, x, costs, predicted = modelled()
+    small, plan = _finished(model, x, predicted)
+    measured = float(plan.notes["latency_ms_measured"])
+    assert measured == pytest.approx(pw.measure(small, x).macs / 1000, rel=1e-5)
+    assert measured == pytest.approx(float(plan.notes["latency_ms"]), abs=0.02 * predicted.full_ms)
+    elsewhere = LatencyModel.from_dict({**predicted.to_dict(), "device": "a phone"})
+    assert "latency_ms_measured" not in _finished(network()[0], x, elsewhere)[1].notes
+    assert set(_finished(network()[0], x, None)[1].notes) == {"importance"}
+
+
+def _finished(model: nn.Module, x: torch.Tensor, predicted: LatencyModel | None) -> tuple[nn.Module, pw.ChannelPlan]:
+    budget = pw.Budget(latency_ms=0.5, latency_model=predicted) if predicted else pw.Budget(macs=0.5)
+    gates = pw.attach_gates(model, x, budget=budget, total_steps=5)
+    small = gates.finish()
+    return small, gates.plan
+
+
 def test_several_limits_hold_together(ideal: None) -> None:
     model, x, costs, predicted = modelled()
     plan = pw.plan_channels(model, x, budget=pw.Budget(latency_ms=0.8, params=0.3, latency_model=predicted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import prunewise as pw
+from prunewise.channels.control import Schedule
 from prunewise.channels.gate import sigmoid_slope
 
 
@@ -57,13 +59,15 @@ def attach(model: nn.Module, **kwargs: Any) -> pw.GateSession:
     return pw.attach_gates(model, X, **{"budget": HALF, "total_steps": STEPS, **kwargs})
 
 
-def train(model: nn.Module, gates: pw.GateSession, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(
+    model: nn.Module, gates: pw.GateSession, optimizer: torch.optim.Optimizer, steps: range, shrinking: bool = False
+) -> None:
     for step in steps:
         loss = loss_of(model, step) + gates.penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        gates.step()
+        gates.step(optimizer if shrinking else None)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -187,6 +191,14 @@ def test_clipping_does_not_see_the_gates() -> None:
     check(gates, model)
 
 
+def test_an_optimizer_that_holds_the_gates_does_not_move_them() -> None:
+    model = net()
+    gates = attach(model)
+    optimizer = torch.optim.Adam([*model.parameters(), *gates.parameters()], lr=0.3)
+    train(model, gates, optimizer, range(STEPS))
+    check(gates, model)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_average_of_weights(use_buffers: bool) -> None:
     model = net()
@@ -223,6 +235,39 @@ def test_steps_that_overflow_do_not_count() -> None:
             optimizer.step()
         gates.step()
     check(gates, model)
+
+
+@pytest.mark.parametrize("control", ["fisher", "descent"])
+def test_a_scale_that_changes_changes_nothing(control: str) -> None:
+    """The scale is doubled after every step: the last ones would count for everything if the gates were not told."""
+    plain = net()
+    reference = attach(plain, control=control)
+    train(plain, reference, sgd(plain), range(STEPS))
+
+    model = net()
+    gates = attach(model, control=control)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step) + gates.penalty()).backward()
+        scaler.step(optimizer)
+        gates.step(grad_scale=scaler.scale(torch.ones(())))
+        scaler.update()
+    assert scaler.get_scale() == 2.0**STEPS
+    for mass, want in zip(gates.state_dict()["mass"], reference.state_dict()["mass"], strict=True):
+        torch.testing.assert_close(mass, want)
+    assert gates.harden() == reference.harden()
+
+
+def test_a_scale_as_a_number() -> None:
+    scaled, plain = attach(net()), attach(net())
+    (8 * loss_of(scaled.model, 0)).backward()
+    loss_of(plain.model, 0).backward()
+    scaled.step(grad_scale=8.0)
+    plain.step()
+    for mass, want in zip(scaled.state_dict()["mass"], plain.state_dict()["mass"], strict=True):
+        assert torch.equal(mass, want)
 
 
 def test_a_loss_that_is_never_finite_is_an_error() -> None:
@@ -352,9 +397,44 @@ def test_set_plan() -> None:
     gates.set_plan(plan)
     assert gates.cost().as_dict() == plan.cost_after
     assert dict(gates.harden().keep) == dict(plan.keep)
-    other = pw.plan_channels(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.zeros(1, 3), budget=HALF)
-    with pytest.raises(pw.PlanError, match="no gates here"):
-        gates.set_plan(other)
+
+
+def changed(plan: pw.ChannelPlan, kept: Any) -> pw.ChannelPlan:
+    return dataclasses.replace(plan, keep={**plan.keep, "a": kept})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: dataclasses.replace(p, fingerprint="0" * 16), "for another model"),
+        (lambda p: dataclasses.replace(p, sizes={**p.sizes, "a": 11}), "'a' of 11 units, which has no gates here"),
+        (lambda p: dataclasses.replace(p, keep={"x": (0,)}), "'x' of None units, which has no gates here"),
+        (lambda p: changed(p, (0, 10)), r"'a': kept units should be indices in \[0, 10\)"),
+        (lambda p: changed(p, (-1, 3)), r"'a': kept units should be indices in \[0, 10\)"),
+        (lambda p: changed(p, (3, 3)), "'a': .* without repetition"),
+        (lambda p: changed(p, (3, 2)), "'a': .* ascending"),
+        (lambda p: changed(p, ()), "'a': nothing is kept"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(
+    spoil: Callable[[pw.ChannelPlan], pw.ChannelPlan], message: str
+) -> None:
+    plan = pw.plan_channels(net(), X, budget=HALF, importance="random")
+    model = net()
+    gates = attach(model)
+    gates.set_plan(plan)
+    want = model(data(0)[0])
+    with pytest.raises(pw.PlanError, match=message):
+        gates.set_plan(spoil(plan))
+    assert torch.equal(model(data(0)[0]), want)
+    assert gates.harden().keep == plan.keep
+
+
+def test_no_plan_opens_what_was_shrunk() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    with pytest.raises(pw.PlanError, match="has been shrunk"):
+        gates.set_plan(gates.harden())
 
 
 def test_frozen_weights_learn_gates_all_the_same() -> None:
@@ -382,13 +462,7 @@ def test_shrinking_while_training(every: int) -> None:
     model = net()
     modules = [id(m) for m in model.modules()]
     gates = attach(model, shrink_every=every)
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        loss = loss_of(model, step) + gates.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        gates.step(optimizer)
+    train(model, gates, sgd(model), range(STEPS), shrinking=True)
     assert model.a.weight.shape[0] < 10 or model.b.weight.shape[0] < 8
     plan = gates.harden()
     small = check(gates, model)
@@ -421,6 +495,93 @@ def test_a_width_in_the_code_is_no_reason_to_change_classes_while_training() -> 
     assert type(model) is Baked
     assert type(model.a) is nn.Linear
     torch.testing.assert_close(small(x).shape, model(x).shape)
+
+
+def start(seed: int, **kwargs: Any) -> tuple[Net, torch.optim.Optimizer, pw.GateSession]:
+    """A model that is shrunk while its gates close, and an optimizer made before the gates that holds them as well."""
+    model = net(seed)
+    optimizer = sgd(model)
+    gates = attach(model, **{"shrink_every": 2, "schedule": Schedule(close=0.6), **kwargs})
+    optimizer.add_param_group({"params": list(gates.parameters()), "weight_decay": 0.0})
+    return model, optimizer, gates
+
+
+@pytest.mark.parametrize("control", ["fisher", "descent"])
+@pytest.mark.parametrize(("stop", "macs"), [(7, 0.5), (15, 0.5), (15, 0.1)])  # to a tenth: a group of one unit is none
+def test_resuming_a_shrunk_model_equals_an_undisturbed_run(tmp_path: Any, stop: int, macs: float, control: str) -> None:
+    options = {"budget": pw.Budget(macs=macs), "control": control}
+    whole, optimizer, gates = start(0, **options)
+    train(whole, gates, optimizer, range(STEPS), shrinking=True)
+
+    first, optimizer, one = start(0, **options)
+    train(first, one, optimizer, range(stop), shrinking=True)
+    assert first.a.weight.shape[0] < 10
+    torch.save([first.state_dict(), optimizer.state_dict(), one.state_dict()], tmp_path / "state.pt")
+    model_state, optimizer_state, gate_state = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    second, optimizer, two = start(1, **options)
+    two.load_state_dict(gate_state, optimizer)
+    second.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    assert two.cost() == one.cost()
+    train(second, two, optimizer, range(stop, STEPS), shrinking=True)
+    assert two.harden() == gates.harden()
+    for a, b in zip(gates.finish().state_dict().values(), two.finish().state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_shrunk_state_that_cannot_be_loaded_changes_nothing() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    state = gates.state_dict()
+    fresh, optimizer, session = start(1)
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(pw.PlanError, match=r"gates\.load_state_dict\(state, optimizer\)"):
+        session.load_state_dict(state)
+    with pytest.raises(pw.PlanError, match=r"indices in \[0, 10\)"):
+        session.load_state_dict({**state, "units": {**state["units"], "a": [3, 99]}}, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), fresh.state_dict().values(), strict=True))
+    session.load_state_dict(state, optimizer)
+    session.load_state_dict(state)  # nothing is left to shrink
+    with pytest.raises(pw.PlanError, match="on the original model"):
+        session.load_state_dict(start(0)[2].state_dict(), optimizer)
+
+
+def test_shrinking_takes_the_gates_in_the_optimizer_along() -> None:
+    model, optimizer, gates = start(0)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in [*model.parameters(), *gates.parameters()])
+
+
+def test_shrinking_where_every_group_keeps_several_units() -> None:
+    model, optimizer, gates = start(0, min_keep=2)
+    train(model, gates, optimizer, range(STEPS), shrinking=True)
+    assert model.a.weight.shape[0] < 10
+
+
+class Flattened(Net):
+    """A width that is written into forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8 * 9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.bn(self.a(x)).relu()).view(-1, 8 * 9))
+
+
+@pytest.mark.filterwarnings("ignore:the small")
+def test_a_model_that_would_lose_its_class_is_not_shrunk_while_it_trains() -> None:
+    model = Flattened()
+    gates = attach(model, shrink_every=2, include="b", budget=pw.Budget(params=0.7))
+    with pytest.warns(UserWarning, match="cannot be shrunk while it trains") as seen:
+        train(model, gates, sgd(model), range(STEPS), shrinking=True)
+    assert sum("while it trains" in str(w.message) for w in seen) == 1
+    assert model.b.weight.shape[0] == 8
+    small = gates.finish()
+    assert type(model) is Flattened
+    assert pw.measure(small, X).as_dict() == gates.plan.cost_after
 
 
 def test_shrinking_needs_the_optimizer() -> None:

@@ -93,6 +93,7 @@ def test_no_verb_is_bad_usage(capsys):
         (["prune", *MODEL], "no budget"),
         (["prune", *MODEL, "--macs", "0.5"], "--method gates trains and needs --data"),
         (["prune", *MODEL, "--macs", "half"], "--macs"),
+        (["prune", *MODEL, "--macs", "0.5", "--method", "magnitude", "--drop-blocks"], "go with --method gates"),
     ],
 )
 def test_bad_usage_exits_2_and_says_what(project, capsys, arguments, message):
@@ -228,6 +229,17 @@ def test_prune_by_gates_logs_to_stderr_and_goes_on_from_its_checkpoint(project, 
     again = capsys.readouterr()
     assert again.out == captured.out
     assert again.err.startswith("resumed")
+
+
+def test_prune_drops_blocks_and_shrinks_while_it_trains(project, capsys, monkeypatch):
+    import prunewise as pw
+
+    seen = []
+    compress = pw.compress
+    monkeypatch.setattr(pw, "compress", lambda *args, **kwargs: seen.append(kwargs) or compress(*args, **kwargs))
+    arguments = ["prune", "--model", "my_project:small", "--data", "my_project:pair", "--macs", "0.6", "--epochs", "2"]
+    assert main([*arguments, "--drop-blocks", "--shrink-every", "2", "--json"]) == 0
+    assert (seen[0]["drop_blocks"], seen[0]["shrink_every"]) == (True, 2)
 
 
 def test_budget_out_of_reach_exits_1(project, capsys):

@@ -27,8 +27,9 @@ class Budget:
         params: parameters.
         activation_bytes: bytes that the forward pass writes.
         latency_ms: milliseconds of one forward pass on the example inputs (their batch size counts), as predicted from
-            measurements of every layer on `device`. A float in (0, 1] is a fraction of the measured full latency; an int,
-            or a float above 1, is milliseconds; so is text with the unit, for less than one: "0.25 ms".
+            measurements of every layer on `device`; `gates.finish()` measures the small network itself. A float in (0, 1] is
+            a fraction of the measured full latency; an int, or a float above 1, is milliseconds; so is text with the unit,
+            for less than one: "0.25 ms".
         device: where latency is measured; default: where the model is.
         latency_model: measurements made before (`LatencyModel.of`, `LatencyModel.load`); default: measure now.
 

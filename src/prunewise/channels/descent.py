@@ -71,7 +71,7 @@ class DescentControl(GateControl):
 
     def shrink(self, limits: Limits) -> None:
         """As `GateControl.shrink`; closed gates cannot reopen after it."""
-        for name in ("_w", "_velocity"):
+        for name in ("_w", "_velocity") if self._w else ():  # empty before the first step
             old = {g.name: value for g, value in zip(self.limits.groups, getattr(self, name), strict=True)}
             setattr(self, name, [old[g.name][list(self.keep[g.name])] for g in limits.groups])
         super().shrink(limits)

@@ -129,10 +129,8 @@ class LatencyModel:
         rows = [(key, axes, count) for (key, axes), count in counted.items()]
         total = sum(float(grids[key].ms[-1, -1]) * count for key, _, count in rows)
         scale = min(1.0, full_ms / total) if total > 0 else 1.0
-        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-        words = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         names, sizes = [g.name for g in costs.groups], [g.size for g in costs.groups]
-        return cls(names, sizes, grids, rows, max(0.0, full_ms - scale * total), scale, full_ms, words)
+        return cls(names, sizes, grids, rows, max(0.0, full_ms - scale * total), scale, full_ms, in_words(where))
 
     def __call__(self, kept: Mapping[str, int]) -> float:
         """Predicted milliseconds with `kept[name]` units of each group; groups not named are kept whole."""
@@ -267,6 +265,13 @@ class LatencyModel:
             raise BudgetError(
                 "the latency model was measured on another network: its channel groups differ. Measure again"
             )
+
+
+def in_words(device: torch.device) -> str:
+    """The device and what else its times depend on: numbers measured under other words are not to be compared."""
+    known = device.type == "cuda" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name(device) if known else device.type
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def measure_latency(

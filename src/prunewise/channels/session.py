@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,9 @@ from prunewise.channels.descent import DescentControl
 from prunewise.channels.dropping import droppable
 from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
 from prunewise.channels.importance import magnitude
+from prunewise.channels.latency import in_words, measure_latency
 from prunewise.channels.oneshot import limits_for, make_plan
+from prunewise.channels.replay import device_of
 from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
@@ -80,6 +83,7 @@ def attach_gates(
 
     Raises:
         BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
+        PlanError: a setting is out of range, or settings do not go together.
         NoPrunableGroupError: nothing can be removed.
         AlreadyGatedError: gates are attached already.
         TraceError: the model does not run on `example_inputs`.
@@ -100,6 +104,8 @@ def attach_gates(
         raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
+    if shrink_every is not None and (type(shrink_every) is not int or shrink_every < 1):
+        raise PlanError(f"shrink_every={shrink_every!r} should be a number of steps, at least 1, or None")
     if drop_blocks and control != "fisher":
         raise PlanError(f"drop_blocks=True needs control='fisher', not {control!r}: it measures what a block is worth")
     surgeon = Surgeon.of(model, example_inputs, blocks=drop_blocks)
@@ -116,7 +122,7 @@ def attach_gates(
         steering = DescentControl(limits, total_steps, plan, device, initial=initial)
     else:
         raise PlanError(f"control {control!r} should be 'fisher' or 'descent'")
-    session = GateSession(model, surgeon, gates, steering, initial, shrink_every)
+    session = GateSession(model, surgeon, gates, steering, initial, shrink_every, budget.device)
     session._prove()
     return session
 
@@ -132,6 +138,7 @@ class GateSession:
         control: GateControl,
         initial: float,
         shrink_every: int | None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.model = model
         self.control = control
@@ -142,8 +149,10 @@ class GateSession:
         self._fingerprint = fingerprint(model)
         self._costs = surgeon.costs  # of the original: plans are always plans for it
         self._limits = control.limits  # of the original, as well
-        self._original: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
+        self._whole: Keep = {g.name: tuple(range(g.size)) for g in control.limits.groups}
+        self._original = self._whole  # the units of the original that are left, by group
         self._shrink_every = shrink_every
+        self._device = device  # where latency counts; None: where the model is
         self._weights: dict[str, Tensor] = {}
         control.ranking = self._magnitudes
 
@@ -178,11 +187,21 @@ class GateSession:
         excess = sum(max(0.0, now[kind] - limit) / full[kind] for kind, limit in target.items())
         return self._gates.values[0].new_tensor(excess)
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None, *, grad_scale: float | Tensor = 1.0) -> None:
         """Once after every `optimizer.step()`: read the gates' gradients, and close gates where it is time.
+
+        In float16 a gradient scaler multiplies the loss by a number that changes. Tell it, before the scaler changes it:
+
+            scaler.scale(criterion(model(inputs), targets) + gates.penalty()).backward()
+            scaler.step(optimizer)
+            gates.step(grad_scale=scaler.scale(torch.ones((), device=device)))
+            scaler.update()
 
         Args:
             optimizer: needed with `shrink_every` only: its state is sliced when channels are removed.
+            grad_scale: what the loss was multiplied by before `backward()`, > 0; a number, or a tensor of one element, which
+                is not read on the host. Leave it at 1 where the optimizer holds the gates and `scaler.unscale_(optimizer)`
+                was called.
 
         Raises:
             NonFiniteError: the loss has given no finite gradient.
@@ -197,11 +216,15 @@ class GateSession:
                 "clear the gates' gradients in between"
             )
         blocks = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.blocks]
+        if isinstance(grad_scale, Tensor) or grad_scale != 1:
+            gradients, blocks = [g / grad_scale for g in gradients], [g / grad_scale for g in blocks]
         self.control.observe(gradients, blocks)
         for value in self.parameters():
             value.grad = None
         if self.control.update():
             self._show(self.control.keep)
+        else:
+            self._set_values()  # an optimizer that holds the gates has moved them
         if self._shrink_every and self.control.step % self._shrink_every == 0:
             self.shrink(optimizer)
 
@@ -225,6 +248,20 @@ class GateSession:
             return False
         if optimizer is None:
             raise PlanError("shrinking slices the optimizer's state too: call gates.step(optimizer)")
+        try:
+            self._cut(keep, optimizer)
+        except (VerificationError, PlanError) as error:
+            warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
+            self._shrink_every = None
+            return False
+        return True
+
+    def _cut(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
+        """Cut the model down to `keep`, in place, and with it all that is counted in its units.
+
+        Raises:
+            VerificationError, PlanError: it cannot be cut; model and gates are as they were.
+        """
         slices = state_slices(self._surgeon.grouping, keep)
         _ungate(self.model)
         self._owners = []
@@ -232,25 +269,31 @@ class GateSession:
             small = self._surgeon.sliced(self.model, keep)  # a graph module would take the place of the classes
             surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
             limits = self._limits_after(surgeon, keep)
-        except (VerificationError, PlanError) as error:
-            warnings.warn(f"the model cannot be shrunk while it trains: {error}", stacklevel=2)
-            self._shrink_every = None
+            move_optimizer(optimizer, self.model, small, slices)
+        except (VerificationError, PlanError):
             self._attach()
-            return False
-        move_optimizer(optimizer, self.model, small, slices)
+            raise
         graft(self.model, small)
         self._original = {
             name: tuple(units[i] for i in keep[name]) if name in keep else units
             for name, units in self._original.items()
         }
+        before = self._gates_by_name()
+        self.control.keep = keep
         self.control.shrink(limits)
         self._surgeon = surgeon
         device = next(self.model.parameters()).device
         self._gates = Gates(
             [g.size for g in limits.groups], device, self._gates.shaping, self._initial, len(limits.branches)
         )
+        _swap_parameters(optimizer, before, self._gates_by_name())
         self._attach()
-        return True
+        self._show(self.control.keep)
+
+    def _gates_by_name(self) -> dict[tuple[str, str], nn.Parameter]:
+        limits = self.control.limits
+        names = [*(("group", g.name) for g in limits.groups), *(("block", b.name) for b in limits.branches)]
+        return dict(zip(names, self.parameters(), strict=True))
 
     def _limits_after(self, surgeon: Surgeon, keep: Keep) -> Limits:
         """The limits for the shrunk model: its groups are the old ones, smaller; a single unit is no group."""
@@ -267,7 +310,9 @@ class GateSession:
             raise PlanError("no group has more than one unit left")
         latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
         names = {b.name for b in old.branches}
-        branches = [b for b in droppable(surgeon.grouping.branches, groups, old.min_keep) if b.name in names]
+        branches = [b for b in surgeon.grouping.branches if b.name in names]
+        if branches:
+            branches = list(droppable(branches, groups, old.min_keep))
         return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches))
 
     def cost(self) -> Cost:
@@ -275,14 +320,33 @@ class GateSession:
         return self._surgeon.costs({name: len(kept) for name, kept in self.control.keep.items()})
 
     def set_plan(self, plan: ChannelPlan) -> None:
-        """Open and close the gates as `plan` says (groups that it does not name are open)."""
+        """Open and close the gates as `plan` says (groups that it does not name are open).
+
+        Raises:
+            PlanError: the plan is not one for this model and these gates, or the model has been shrunk, while plans are
+                for the original; the message names what is wrong. Nothing was changed.
+        """
         self._require_attached()
-        for name, size in plan.sizes.items():
-            known = {g.name: g.size for g in self.control.limits.groups}
-            if known.get(name) != size:
-                raise PlanError(f"the plan is for a group {name!r} of {size} units, which has no gates here")
+        if plan.fingerprint != self._fingerprint:
+            raise PlanError(
+                "the plan is for another model than the one that has the gates: names or shapes of parameters differ. Make "
+                "a plan for this architecture, unpruned"
+            )
+        if self._original != self._whole:
+            raise PlanError(
+                "the model has been shrunk, and what is removed cannot be opened again: set the plan before training, or "
+                "attach the gates without shrink_every="
+            )
+        for name, kept in plan.keep.items():
+            size = plan.sizes.get(name)
+            if name not in self._whole or size != len(self._whole[name]):
+                raise PlanError(
+                    f"the plan is for a group {name!r} of {size} units, which has no gates here: attach them with the "
+                    "include= and exclude= that the plan was made with"
+                )
+            _check_units(name, kept, len(self._whole[name]))
         check_keep(plan.keep, self.control.limits.branches)
-        self.control.keep = {g.name: tuple(plan.keep.get(g.name, range(g.size))) for g in self.control.limits.groups}
+        self.control.keep = {name: tuple(plan.keep.get(name, units)) for name, units in self._whole.items()}
         self._show(self.control.keep)
 
     def harden(self) -> ChannelPlan:
@@ -299,6 +363,10 @@ class GateSession:
 
     def finish(self, model: nn.Module | None = None) -> nn.Module:
         """Harden the gates, remove what is closed, and return the small network, a plain module.
+
+        The plan is then in `gates.plan`. With a latency budget, its notes say beside the predicted latency
+        ("latency_ms") what the small network takes in truth ("latency_ms_measured", the median of a second's passes),
+        if this is the device, with as many threads, that the budget was measured on.
 
         Args:
             model: a copy of the gated model to cut instead (an average of its weights, say); default: the
@@ -318,8 +386,16 @@ class GateSession:
             _ungate(model)
         self.detach()
         small = self._surgeon.cut(source, keep)
-        self.plan = plan
+        self.plan = replace(plan, notes={**plan.notes, **self._measured(small)})
         return small
+
+    def _measured(self, small: nn.Module) -> dict[str, str]:
+        latency = self._limits.latency
+        device = device_of(small) if self._device is None else torch.device(self._device)
+        if latency is None or latency.device != in_words(device):
+            return {}
+        taken = measure_latency(small, self._surgeon.example_inputs, device, seconds=1.0)
+        return {"latency_ms_measured": f"{taken:.6g}"}
 
     def detach(self) -> nn.Module:
         """Take the gates off: the original model back, untouched but for its training."""
@@ -329,17 +405,46 @@ class GateSession:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs besides the model's and the optimizer's own state: tensors, numbers, lists, strings."""
-        return self.control.state_dict()
+        units = {name: list(units) for name, units in self._original.items()}
+        return {**self.control.state_dict(), "units": units, "shrink_every": self._shrink_every}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; for a session made with the same arguments.
+    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Go on from `state_dict()`, in a session freshly made with the same arguments on the original, full-size model.
+
+        A model that had been shrunk (`shrink_every=`) is shrunk again, in place, to the structure that it was saved
+        with. So the order of calls is: model, optimizer and session as the first run made them, then
+
+            gates.load_state_dict(gate_state, optimizer)
+            model.load_state_dict(model_state)
+            optimizer.load_state_dict(optimizer_state)
+
+        Args:
+            state: of `state_dict()`.
+            optimizer: needed where the saved model had been shrunk: its parameters are replaced by the smaller ones. It
+                has to be made before, for a shrunk model lists its parameters in another order.
 
         Raises:
-            PlanError: the state is of other groups.
+            PlanError: the state is of other groups, or the optimizer is missing; nothing was changed.
         """
-        sizes = {g.name: g.size for g in self.control.limits.groups}
-        if set(state.get("keep", ())) != set(sizes):
+        units: Keep = {name: tuple(kept) for name, kept in state.get("units", self._whole).items()}
+        shrunk = units != self._original
+        left = {name for name, kept in units.items() if len(kept) > 1} if shrunk else {g.name for g in self.groups}
+        if set(units) != set(self._whole) or set(state.get("keep", ())) != left:
             raise PlanError("the saved gates are of another model, or of other include/exclude choices")
+        for name, kept in units.items():
+            _check_units(name, kept, len(self._whole[name]))
+        if shrunk and self._original != self._whole:
+            raise PlanError(
+                "this session has shrunk its model already: load the state into a new one, on the original model"
+            )
+        if shrunk and optimizer is None:
+            raise PlanError(
+                "the saved model had been shrunk, so the optimizer needs its smaller parameters: make it before, and call "
+                "gates.load_state_dict(state, optimizer)"
+            )
+        if shrunk and optimizer is not None:
+            self._cut(units, optimizer)
+        self._shrink_every = state.get("shrink_every", self._shrink_every)
         self.control.load_state_dict(state)
         self._show(self.control.keep)
 
@@ -421,12 +526,20 @@ class GateSession:
 
     def _show(self, keep: Keep) -> None:
         """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
+        limits, gates = self.control.limits, self._gates
+        self._shown = [torch.full_like(value, -self._initial) for value in self.parameters()]
         with torch.no_grad():
-            for group, value in zip(self.control.limits.groups, self._gates.values, strict=True):
+            for group, value in zip(limits.groups, self._shown[: len(gates.values)], strict=True):
                 index = torch.tensor(keep[group.name], dtype=torch.int64, device=value.device)
-                value.fill_(-self._initial).index_fill_(0, index, self._initial)
-            for branch, value in zip(self.control.limits.branches, self._gates.blocks, strict=True):
-                value.fill_(-self._initial if branch.dropped(keep) else self._initial)
+                value.index_fill_(0, index, self._initial)
+            for branch, value in zip(limits.branches, self._shown[len(gates.values) :], strict=True):
+                if not branch.dropped(keep):
+                    value.fill_(self._initial)
+        self._set_values()
+
+    def _set_values(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters()), self._shown)
 
     def _require_attached(self) -> None:
         if not self.attached:
@@ -451,3 +564,22 @@ def _ungate(model: nn.Module) -> None:
                 ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
                 module._parameters.clear()
                 module._parameters.update(ordered)
+
+
+def _check_units(name: str, kept: Sequence[int], size: int) -> None:
+    if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(size)):
+        raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")
+
+
+def _swap_parameters(
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[tuple[str, str], nn.Parameter],
+    after: Mapping[tuple[str, str], nn.Parameter],
+) -> None:
+    """Where `optimizer` holds gates from before, it gets those of the same name; gates that are gone leave it."""
+    successor = {old: after.get(name) for name, old in before.items()}
+    for group in optimizer.param_groups:
+        now = [successor.get(p, p) for p in group["params"]]
+        group["params"] = [p for p in now if p is not None]
+    for old in successor:
+        optimizer.state.pop(old, None)

@@ -37,6 +37,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="for gates: save the run's state here after every epoch, and go on from it if the run was stopped",
     )
+    parser.add_argument(
+        "--shrink-every",
+        metavar="STEPS",
+        type=int,
+        help="for gates: remove closed channels for good every so many steps, so that training gets faster",
+    )
+    parser.add_argument("--drop-blocks", action="store_true", help="for gates: residual blocks may go as a whole")
     add_choice_options(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/prune"), help="folder (%(default)s)")
 
@@ -47,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("no budget: give --macs or --params, as in --macs 0.5")
     if args.method == "gates" and not args.data:
         raise UsageError("--method gates trains and needs --data; --method magnitude needs none")
+    if args.method != "gates" and (args.drop_blocks or args.shrink_every is not None):
+        raise UsageError(f"--drop-blocks and --shrink-every go with --method gates, not with {args.method}")
 
     import prunewise as pw
     from prunewise.cli.loading import example_inputs, load_data, load_model
@@ -96,6 +105,8 @@ def _prune(
             example_inputs=inputs,
             checkpoint=args.checkpoint,
             seed=args.seed,
+            drop_blocks=args.drop_blocks,
+            shrink_every=args.shrink_every,
             **choice(args),
         )
         return result.model, result.plan
