@@ -108,7 +108,7 @@ def test_gated_is_pruned(name: str) -> None:
             assert round(float(surgeon.costs.tensor(kind, kept))) == value
         for training in (False, True):
             gated = copy.deepcopy(model)
-            with masked(gated, surgeon.grouping.groups, plan.keep, surgeon.grouping.branches):
+            with masked(gated, surgeon.grouping, plan.keep):
                 want = outputs(gated, inputs, training=training)
             assert_same(want, outputs(copy.deepcopy(small), inputs, training=training))
     for key, value in model.state_dict().items():
@@ -318,7 +318,7 @@ def test_refused_with_a_reason(kind: str, why: str | None) -> None:
     for branch in offered(surgeon):
         keep = dict.fromkeys(branch.groups, ())
         small = surgeon.cut(model, keep)
-        with masked(model, surgeon.grouping.groups, keep, surgeon.grouping.branches):
+        with masked(model, surgeon.grouping, keep):
             want = outputs(model, x)
         assert_same(want, outputs(small, x))
 
@@ -340,7 +340,7 @@ def test_fast_path_of_torch_encoder_layers(padded: bool) -> None:
         for branch in blocks:
             keep = dict.fromkeys(branch.groups, ())
             small = surgeon.cut(model, keep).eval()
-            with masked(model, surgeon.grouping.groups, keep, surgeon.grouping.branches):
+            with masked(model, surgeon.grouping, keep):
                 want = outputs(model, x)
             assert_same(want, outputs(small, x))
     finally:

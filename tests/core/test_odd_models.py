@@ -93,7 +93,7 @@ def test_gated_is_small_or_pinned(name: str) -> None:
         plan = pw.ChannelPlan(keep, {g.name: g.size for g in surgeon.costs.groups}, fingerprint(model))
         small = pw.apply_plan(model, plan, inputs)
         for training in (False, True):
-            with masked(model, surgeon.grouping.groups, keep):
+            with masked(model, surgeon.grouping, keep):
                 want = outputs(model, inputs, training)
             assert_same(want, outputs(small, inputs, training), f"{name}: apply_plan, {seed=}, {training=}")
         cost = surgeon.costs({n: len(k) for n, k in keep.items()})

@@ -53,7 +53,7 @@ def test_rounding_is_no_alarm(model: nn.Module, dtype: torch.dtype) -> None:
 def test_rounding_is_told_by_float64() -> None:
     model, x = Net(offset=1e4), torch.randn(512, 64)
     surgeon, small = cut(model, x)
-    with masked(model, surgeon.grouping.groups, KEEP):
+    with masked(model, surgeon.grouping, KEEP):
         want = outputs(model, x, False)
     with pytest.raises(VerificationError):
         compare(want, outputs(small, x, False), "the small model")

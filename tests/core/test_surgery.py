@@ -155,9 +155,9 @@ def test_a_parameter_shared_with_another_model_is_refused(net: Net, plan: Channe
 
 
 def test_masking_is_undone_also_after_an_error(net: Net, plan: ChannelPlan) -> None:
-    groups = pw.channel_groups(net, X)
+    grouping = Surgeon.of(net, X).grouping
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(RuntimeError, match="inside"), masked(net, groups, plan.keep):
+    with pytest.raises(RuntimeError, match="inside"), masked(net, grouping, plan.keep):
         assert (net.c.weight[:, [0, 3, 4, 6, 7]] == 0).all()
         assert (net.a.weight == before["a.weight"]).all()
         raise RuntimeError("inside")
@@ -257,7 +257,7 @@ def test_the_next_step_is_that_of_the_masked_model(net: Net, plan: ChannelPlan, 
     optimizer.zero_grad()
     big_optimizer.zero_grad()
     (small(x) - y).square().mean().backward()
-    with masked(big, surgeon.grouping.groups, plan.keep):
+    with masked(big, surgeon.grouping, plan.keep):
         (big(x) - y).square().mean().backward()
     optimizer.step()
     big_optimizer.step()

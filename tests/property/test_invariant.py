@@ -113,7 +113,7 @@ def test_gated_is_pruned(name: str) -> None:
         for training in modes(name):
             what = f"{name}, seed {seed}, {'train' if training else 'eval'} mode"
             trained = copy.deepcopy(model)
-            with masked(trained, surgeon.grouping.groups, plan.keep):
+            with masked(trained, surgeon.grouping, plan.keep):
                 want = outputs(trained, inputs, training=training)
             assert_same(want, outputs(copy.deepcopy(small), inputs, training=training), what)
     for key, value in model.state_dict().items():

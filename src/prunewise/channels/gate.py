@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,46 @@ class Gates:
         return torch.cat([*parts, parts[0].new_ones(1)])
 
 
+class UnitMask:
+    """Zeros and ones for the entries of one dimension, from the gates of the units that own them.
+
+    Args:
+        gates: of the session.
+        units: the unit of each entry, numbered through all groups; -1: it always stays.
+        offsets, sizes: number of the first unit, and count of the units, of each group.
+    """
+
+    def __init__(
+        self, gates: Gates, units: npt.NDArray[np.int64], offsets: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        self._gates = gates
+        number = torch.from_numpy(units)
+        owned = [(number >= start) & (number < start + size) for start, size in zip(offsets, sizes, strict=True)]
+        self._groups = [k for k, own in enumerate(owned) if own.any()]
+        total = sum(sizes[k] for k in self._groups)
+        index = torch.full((len(number),), total, dtype=torch.int64)  # the last entry of `Gates.vector`: stays
+        start = 0
+        for k in self._groups:
+            index[owned[k]] = number[owned[k]] - offsets[k] + start
+            start += sizes[k]
+        whole = len(self._groups) == 1 and torch.equal(index, torch.arange(total))
+        # One copy a device; none: the units as they come. Not buffers: averages of weights would average them.
+        self._index: dict[torch.device, Tensor] = {} if whole else {index.device: index}
+
+    def __call__(self) -> Tensor:
+        """The mask, shape (entries,), on the device of the gates."""
+        if not self._index:
+            return gate(self._gates.values[self._groups[0]], self._gates.shaping)
+        mask = self._gates.vector(self._groups)
+        if mask.device not in self._index:
+            self._index[mask.device] = next(iter(self._index.values())).to(mask.device)
+        return mask.index_select(0, self._index[mask.device])
+
+    def beside(self, x: Tensor) -> Tensor:
+        """The mask on the device of `x`."""
+        return self().to(x.device)
+
+
 class GatedWeight(nn.Module):
     """Parametrization: a weight times the gates of the channels that it reads, and of the blocks that it ends."""
 
@@ -103,37 +145,14 @@ class GatedWeight(nn.Module):
         self._blocks = list(blocks)  # the branches that this weight turns on and off as a whole
         self.order = order  # names of the parameters of the gated module, as they were
         self._gates = gates
-        self._groups: list[list[int]] = []  # for each site: the groups whose channels it reads
-        self._shapes: list[list[int]] = []
-        self._indices: list[dict[torch.device, Tensor]] = []  # one copy a device; empty: the units as they come
-        for site in sites:
-            units = torch.from_numpy(site.units)
-            owned = [(units >= start) & (units < start + size) for start, size in zip(offsets, sizes, strict=True)]
-            used = [k for k, own in enumerate(owned) if own.any()]
-            total = sum(sizes[k] for k in used)
-            index = torch.full((len(units),), total, dtype=torch.int64)  # the last entry of `Gates.vector`: stays
-            start = 0
-            for k in used:
-                index[owned[k]] = units[owned[k]] - offsets[k] + start
-                start += sizes[k]
-            whole = len(used) == 1 and torch.equal(index, torch.arange(total))
-            # Not a buffer: averages of weights would average it.
-            self._indices.append({} if whole else {index.device: index})
-            self._groups.append(used)
-            self._shapes.append([-1 if d == site.dim else 1 for d in range(ndim)])
+        self._masks = [UnitMask(gates, site.units, offsets, sizes) for site in sites]
+        self._shapes = [[-1 if d == site.dim else 1 for d in range(ndim)] for site in sites]
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the entries of closed channels zero."""
-        for used, shape, index in zip(self._groups, self._shapes, self._indices, strict=True):
-            if not index:
-                mask = gate(self._gates.values[used[0]], self._gates.shaping)
-            else:
-                mask = self._gates.vector(used)
-                if mask.device not in index:
-                    index[mask.device] = next(iter(index.values())).to(mask.device)
-                mask = mask.index_select(0, index[mask.device])
-            weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view(shape)
+        for mask, shape in zip(self._masks, self._shapes, strict=True):
+            weight = weight * mask().to(device=weight.device, dtype=weight.dtype).view(shape)
         for block in self._blocks:
-            mask = gate(self._gates.blocks[block], self._gates.shaping)
-            weight = weight * mask.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())
+            opened = gate(self._gates.blocks[block], self._gates.shaping)
+            weight = weight * opened.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())
         return weight

@@ -17,7 +17,7 @@ from prunewise.channels.choose import Limits, Scores
 from prunewise.channels.control import GateControl, Keep, Schedule
 from prunewise.channels.descent import DescentControl
 from prunewise.channels.dropping import droppable
-from prunewise.channels.gate import GatedWeight, Gates, Shaping, constant
+from prunewise.channels.gate import GatedWeight, Gates, Shaping, UnitMask, constant
 from prunewise.channels.importance import magnitude
 from prunewise.channels.latency import in_words, measure_latency
 from prunewise.channels.oneshot import limits_for, make_plan
@@ -26,10 +26,11 @@ from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
 from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import Choice
+from prunewise.core.norms import MaskedNorm, take_off
 from prunewise.core.optimizer import move_optimizer
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.proof import compare, outputs
-from prunewise.core.sites import gate_sites, masked
+from prunewise.core.sites import gate_sites, masked, norm_sites
 from prunewise.core.slices import state_slices
 from prunewise.core.surgery import Surgeon, graft, is_gated, require_unshared
 from prunewise.core.trace import Inputs
@@ -472,7 +473,7 @@ class GateSession:
         if any(p.is_meta for p in self.model.parameters()):
             self._attach()
             return
-        with masked(self.model, self.control.limits.groups, keep, branches):
+        with masked(self.model, self._surgeon.grouping, keep):
             want = outputs(self.model, inputs, False)
         self._attach()
         self._show(keep)
@@ -523,6 +524,9 @@ class GateSession:
                 gated.train(module.training)
                 parametrize.register_parametrization(module, leaf, gated, unsafe=True)
                 self._owners.append((module, leaf))
+        found = dict(modules)
+        for norm, units in norm_sites(grouping, groups):
+            MaskedNorm(norm, UnitMask(self._gates, units, offsets, sizes).beside).put_on(found[norm.path])
 
     def _show(self, keep: Keep) -> None:
         """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
@@ -549,6 +553,7 @@ class GateSession:
 def _ungate(model: nn.Module) -> None:
     """Remove every gate parametrization of a model (or of a copy of it)."""
     for module in list(model.modules()):
+        take_off(module)
         if not parametrize.is_parametrized(module):
             continue
         chains: Any = module.parametrizations

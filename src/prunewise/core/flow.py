@@ -9,6 +9,7 @@ import numpy as np
 
 from prunewise.core import labels as lab
 from prunewise.core.labels import Block, LabelArray, LabelStore, Layout
+from prunewise.core.norms import Norm
 from prunewise.core.trace import Op, Ref, Trace
 
 
@@ -48,12 +49,15 @@ class Flow:
     other_uses: dict[str, str] = field(default_factory=dict)  # parameter -> an operation that does not just read by it
     origins: dict[int, str] = field(default_factory=dict)  # tensor id -> the parameter it is a plain view of
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
+    norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
+    averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
+    _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of
     _starts: list[int] = field(default_factory=list)
     _dims: list[tuple[str, int]] = field(default_factory=list)
 
     def begin(self, trace: Trace) -> None:
         """Start on a trace; labels of parameters and buffers are shared between all traces of a flow."""
-        self.trace, self.layouts, self.origins = trace, {}, {}
+        self.trace, self.layouts, self.origins, self._norm_ops = trace, {}, {}, {}
         for name, index in trace.state.items():
             info = trace.tensors[index]
             if info.name not in self.state:
@@ -104,6 +108,33 @@ class Flow:
         rank = len(layout.shape)
         for dim in dims:
             layout = lab.fix(self.store, layout, dim % max(rank, 1), f"{why or 'mixed by'} {self.reason(op)}")
+        return layout
+
+    def enter_norm(self, norm: Norm, op: Op) -> None:
+        """From here on, the operations of `norm` may average over its channels: closed ones are left out there."""
+        layout, labels = self.alone(self.of(Ref(norm.input)), norm.channel, op)
+        self.layouts[norm.input] = layout
+        if labels is None:
+            return
+        for other, theirs in self.norms:
+            if other.path == norm.path:
+                self.store.unite(theirs, labels)  # a module called twice: one set of hooks
+                break
+        else:
+            self.norms.append((norm, labels))
+        self._norm_ops.update(dict.fromkeys(norm.ops, labels))
+
+    def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:
+        """As `fix`, for an average over `dims`; inside of a norm the channels stay removable, and their labels."""
+        rank = len(layout.shape)
+        for dim in dims:
+            block = layout.block_at(dim % max(rank, 1))
+            free = block is not None and len(block.dims) == 1 and self.averages_pass
+            if block is not None and len(block.dims) == 1 and op.index in self._norm_ops:
+                channels = self.store.roots(self._norm_ops[op.index])
+                free = bool(np.isin(self.store.roots(block.labels), channels).all())
+            if not free:
+                layout = self.fix(layout, [dim], op)
         return layout
 
     def only(self, layout: Layout, dim: int, op: Op) -> LabelArray | None:

@@ -72,13 +72,13 @@ def _difference(
     training: bool,
 ) -> float:
     what = f"the small model ({'train' if training else 'eval'} mode)"
-    with masked(model, grouping.groups, keep, grouping.branches):
+    with masked(model, grouping, keep):
         want = outputs(model, example_inputs, training)
     got = outputs(small, example_inputs, training)
     try:
         return compare(want, got, what, at_most=_PLAIN)
     except VerificationError:
-        with masked(model, grouping.groups, keep, grouping.branches):
+        with masked(model, grouping, keep):
             exact = _in_float64(model, example_inputs, training)
         exact_small = _in_float64(small, example_inputs, training) if exact is not None else None
     if exact is None or exact_small is None:

@@ -2,7 +2,7 @@
 
 Removing a channel takes away what its readers add up. So masking the readers' weights along the channel equals
 the removal, whatever lies between the channel's origin and its readers, and costs a product per weight instead
-of one per activation.
+of one per activation. Only norms over channels need more: see `prunewise.core.norms`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from prunewise.core.groups import ChannelGroup
+from prunewise.core.norms import Norm, norms_masked
 
 if TYPE_CHECKING:
-    from prunewise.core.branches import Branch
+    from prunewise.core.groups import Grouping
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,42 @@ def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ..
     return [Site(name, dim, units) for (name, dim), units in found.items()]
 
 
+def norm_sites(grouping: Grouping, groups: Sequence[ChannelGroup]) -> list[tuple[Norm, npt.NDArray[np.int64]]]:
+    """The norms that average over channels of these groups, and the units of their channels, numbered as in `Site`."""
+    unit_of = np.full(len(grouping.roots) + 1, -1, dtype=np.int64)
+    offset = 0
+    for group in groups:
+        unit_of[group.class_ids] = offset + np.arange(group.size)
+        offset += group.size
+    found = [(norm, unit_of[grouping.classes(labels)]) for norm, labels in grouping.structure.flow.norms]
+    return [(norm, units) for norm, units in found if (units >= 0).any()]
+
+
 @contextmanager
-def masked(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    keep: Mapping[str, Sequence[int]],
-    branches: Sequence[Branch] = (),
-) -> Iterator[None]:
+def masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """While active, `model` computes what the network without the other units would; weights are put back after.
 
-    Of `branches`, those that lose all their units give zero.
+    Branches that lose all their units give zero.
     """
+    groups = [g for g in grouping.groups if g.name in keep]
+    stays = np.ones(sum(g.size for g in groups) + 1, dtype=bool)  # the last one: entries of no unit
+    offset = 0
+    for group in groups:
+        stays[offset : offset + group.size] = False
+        stays[offset + np.asarray(keep[group.name], dtype=np.int64)] = True
+        offset += group.size
+    norms = {norm: torch.from_numpy(stays[units]) for norm, units in norm_sites(grouping, groups)}
+    with norms_masked(model, norms), _weights_masked(model, grouping, keep):
+        yield
+
+
+@contextmanager
+def _weights_masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
-            for group in groups:
+            for group in grouping.groups:
                 if group.name not in keep or len(keep[group.name]) == group.size:
                     continue
                 gone = np.setdiff1d(np.arange(group.size), np.asarray(keep[group.name], dtype=np.int64))
@@ -75,7 +96,7 @@ def masked(
                         before.append((weight, weight.detach().clone()))
                         index = torch.from_numpy(member.indices[gone].reshape(-1)).to(weight.device)
                         weight.index_fill_(member.dim, index, 0)
-            for branch in branches:
+            for branch in grouping.branches:
                 for name in branch.parameters if branch.dropped(keep) else ():
                     before.append((tensors[name], tensors[name].detach().clone()))
                     tensors[name].zero_()

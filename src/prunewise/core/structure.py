@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from prunewise.core import rules as _rules  # noqa: F401  (registers the rules)
 from prunewise.core.errors import TraceError
 from prunewise.core.flow import RULES, Flow, Rectangle
 from prunewise.core.labels import LabelArray, LabelStore, Layout
+from prunewise.core.norms import Norm, find_norms
 from prunewise.core.rules.pointwise import pointwise
 from prunewise.core.trace import Inputs, Op, Trace, record
 
@@ -47,13 +49,14 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
         TraceError: the forward pass fails on `example_inputs`.
     """
     flow = Flow()
-    passes = [run_rules(flow, record(model, example_inputs))]
+    trace = record(model, example_inputs)
+    passes = [run_rules(flow, trace, find_norms(model, trace))]
     try:
         in_training = record(model, example_inputs, training=True)
     except TraceError:
         in_training = None  # detection models want targets in training: what eval shows has to do
     if in_training is not None and _path(in_training) != _path(passes[0].trace):
-        passes.append(run_rules(flow, in_training))
+        passes.append(run_rules(flow, in_training, find_norms(model, in_training)))
     used = set().union(*(each.trace.used_state() for each in passes))
     trained = {i for i in passes[0].trace.state.values() if passes[0].trace.tensors[i].kind == "param"}
     for index in sorted(trained - used):
@@ -93,16 +96,19 @@ def _is_dropout(op: Op) -> bool:
     return op.name in ("div", "mul") and "torch/nn/modules/dropout" in op.where
 
 
-def run_rules(flow: Flow, trace: Trace) -> Pass:
+def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
     """Let the labels flow through a trace; outputs of the model are pinned."""
     flow.begin(trace)
     flow.group_counts = {}
+    starts = {norm.ops.start: norm for norm in norms}
     live = trace.live_ops()
     for op in trace.ops:
         # What no output depends on (attention weights that nobody asked for, say) must not pin anything; it runs all
         # the same, so the shapes that it ties stay tied.
         flow.store.muted = op.index not in live
         known = len(flow.rectangles), len(flow.demands)
+        if op.index in starts and not flow.store.muted:
+            flow.enter_norm(starts[op.index], op)
         outputs = _apply(flow, op)
         if flow.store.muted:
             del flow.rectangles[known[0] :], flow.demands[known[1] :]

@@ -35,7 +35,9 @@ class Cut:
     def __init__(self, grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> None:
         # The graph's labels go on from the model's, in a store of their own.
         old = grouping.structure.flow
-        self.flow = replace(old, store=copy.deepcopy(old.store), state=dict(old.state), rectangles=[], demands=[])
+        self.flow = replace(
+            old, store=copy.deepcopy(old.store), state=dict(old.state), rectangles=[], demands=[], averages_pass=True
+        )
         self.grouping = replace(grouping, structure=replace(grouping.structure, flow=self.flow))
         self.alive = grouping.alive(keep)
 

@@ -33,14 +33,18 @@ def batch_norm(flow: Flow, op: Op) -> list[Layout]:
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(flow: Flow, op: Op) -> list[Layout]:
-    """The normalised (last) dimensions are mixed; the others pass."""
+    """The normalised (last) dimensions are averaged over; the others pass."""
     x = flow.of(op.args["input"])
     rank, mixed = len(x.shape), len(op.args["normalized_shape"])
-    x = flow.fix(x, range(rank - mixed, rank), op)
+    x = flow.mix(x, range(rank - mixed, rank), op)
+    layouts = [x]
     for name in ("weight", "bias"):
         if isinstance(op.args.get(name), Ref):
-            flow.fix(flow.of(op.args[name]), range(mixed), op)
-    return [Layout(flow.shape(o), x.blocks) for o in op.outputs]
+            shape = (1,) * (rank - mixed) + x.shape[rank - mixed :]
+            layouts.append(flow.of(op.args[name]).moved(shape, {d: rank - mixed + d for d in range(mixed)}))
+    x = flow.join(layouts, x.shape, op)
+    statistics = tuple(b for b in x.blocks if max(b.dims) < rank - mixed)
+    return [x if flow.shape(o) == x.shape else Layout(flow.shape(o), statistics) for o in op.outputs]
 
 
 @rule("native_group_norm", "group_norm")
@@ -57,7 +61,7 @@ def group_norm(flow: Flow, op: Op) -> list[Layout]:
     x, labels = flow.alone(x, 1, op)
     if labels is not None:
         if groups == 1:
-            x = flow.fix(x, [1], op)
+            x = flow.mix(x, [1], op)
         else:
             flow.group_counts[op.index] = flow.store.unite_along(labels.reshape(groups, -1), 1)
     rows = flow.group_counts.get(op.index)

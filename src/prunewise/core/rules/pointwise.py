@@ -93,7 +93,10 @@ def reduction(flow: Flow, op: Op) -> list[Layout]:
             flow.demand(block.labels, op, (op.args["self"].id,))
             layout = layout.without(block)
         else:
-            layout = flow.fix(layout, [d], op)
+            layout = flow.mix(layout, [d], op) if op.name in ("mean", "var", "var_mean") else flow.fix(layout, [d], op)
+            block = layout.block_at(d)
+            if block is not None:
+                layout = layout.without(block)
     shape = flow.shape(op.outputs[0])
     kept = [d for d in range(rank) if d not in dims]
     to = {d: d for d in range(rank)} if len(shape) == rank else {d: i for i, d in enumerate(kept)}

@@ -1,0 +1,235 @@
+"""Norms over channels: an average over all channels can be made an average over those that stay.
+
+LayerNorm, RMSNorm, and whatever module behaves like them, mix the channels that they normalise. Removing some
+of these changes the average for the rest, so closing a channel must take it out of the average too. That can be
+done around the module, whatever its code: let x be its input, m the mean over the open channels (zero where the
+norm does not centre) and s² the share of all channels over the open ones. With x' = m + s·(x - m) where open and m
+where closed, the mean of x' over all channels is m, and its variance is that of x over the open ones. So the module
+computes s times what the small one does (before its bias), and dividing by s gives exactly that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunewise.core.trace import Op, Trace
+
+# Averages, which count the channels that there are. Sums and maxima do not shrink like that.
+_AVERAGES = (
+    "native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "rms_norm", "_fused_rms_norm", "mean", "var",
+    "var_mean",
+)  # fmt: skip
+_PASSING = (
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone",
+    "_to_copy", "contiguous", "alias", "detach", "ones", "zeros", "full", "scalar_tensor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A module that normalises its one input over channels.
+
+    Attributes:
+        path: of the module.
+        dims: of the input, which are averaged; `channel` is among them.
+        channel: the dimension of the channels.
+        centred: True where the mean is subtracted (LayerNorm), False where not (RMSNorm).
+        input: the input's tensor in the trace.
+        ops: the operations of this call.
+    """
+
+    path: str
+    dims: tuple[int, ...]
+    channel: int
+    centred: bool
+    input: int
+    ops: range
+
+
+def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
+    """Every call of a module that does nothing but normalise over channels; found by what it does, not by its name."""
+    modules = dict(model.named_modules())
+    found: list[Norm] = []
+    known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], bool] | None] = {}
+    for path, run in groupby(trace.ops, key=lambda op: op.module):
+        ops = list(run)
+        module = modules.get(path)
+        if module is None or next(module.children(), None) is not None or not any(map(_averages, ops)):
+            continue
+        source = _only_input(ops, trace)
+        if source is None:
+            continue
+        shape = trace.tensors[source].shape
+        if trace.tensors[ops[-1].outputs[0]].shape != shape and all(
+            trace.tensors[o].shape != shape for op in ops[-1:] for o in op.outputs
+        ):
+            continue
+        key = (path, shape)
+        if key not in known:
+            known[key] = _behaviour(module, shape)
+        behaviour = known[key]
+        if behaviour is not None:
+            dims, centred = behaviour
+            found.append(Norm(path, dims, dims[0], centred, source, range(ops[0].index, ops[-1].index + 1)))
+    return found
+
+
+def _averages(op: Op) -> bool:
+    return op.name in _AVERAGES
+
+
+def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
+    """The one tensor that these operations take from outside, if they only average, and work element by element."""
+    made = {o for op in ops for o in op.outputs}
+    sources = set()
+    for op in ops:
+        if op.name in ("var", "var_mean") and (op.args.get("correction", 1) != 0 and op.args.get("unbiased", True)):
+            return None  # divides by one less than the number of channels
+        if not _averages(op) and op.name not in _PASSING and torch.Tag.pointwise not in op.func.tags:
+            return None
+        for index in op.inputs:
+            if index not in made and trace.tensors[index].kind not in ("param", "buffer"):
+                sources.add(index)
+    return sources.pop() if len(sources) == 1 else None
+
+
+def _behaviour(module: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool] | None:
+    """(averaged dimensions, the channels' first; whether it centres), or None where the module is no such norm."""
+    rank = len(shape)
+    candidates = dict.fromkeys([(rank - 1,), (1,), tuple(range(1, rank))]) if rank > 1 else {}
+    for dims in candidates:
+        if shape[dims[0]] < 2:
+            continue
+        small = [n if d == dims[0] else min(n, 3) for d, n in enumerate(shape)]
+        try:
+            probe = _probe(module)
+            for centred in (True, False):
+                if _normalises(probe, small, dims, centred):
+                    return dims, centred
+        except Exception:  # whatever a user's forward raises on an input of another size
+            continue
+    return None
+
+
+def _probe(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in double precision, with random parameters; of a module on the meta device too."""
+    draw = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(module)
+    probe = (
+        (probe.to_empty(device="cpu") if any(p.is_meta for p in probe.parameters()) else probe.cpu()).double().eval()
+    )
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=draw, dtype=parameter.dtype))
+    return probe
+
+
+@torch.no_grad()
+def _normalises(module: nn.Module, shape: list[int], dims: tuple[int, ...], centred: bool) -> bool:
+    """True where module(x) - module(0) is w · (x - m) · r, with w of the channel alone and r the same along `dims`."""
+    draw = torch.Generator().manual_seed(1)
+    others = [d for d in range(len(shape)) if d != dims[0]]
+    base = torch.randn(shape, generator=draw, dtype=torch.float64) + 0.5
+    bias = module.forward(torch.zeros(shape, dtype=torch.float64))
+    weight = None
+    for scale in (1e3, 1.0):  # the first makes any epsilon negligible, so that r is the inverse deviation
+        x = base * scale
+        y = module.forward(x).double() - bias
+        deviation = x - x.mean(dims, keepdim=True) if centred else x
+        if weight is None:
+            n = deviation / deviation.square().mean(dims, keepdim=True).sqrt()
+            weight = (y * n).mean(others, keepdim=True) / n.square().mean(others, keepdim=True)
+        z = weight * deviation
+        r = (y * z).sum(dims, keepdim=True) / z.square().sum(dims, keepdim=True)
+        expected = z * r if scale == 1.0 else weight * n
+        if y.shape != x.shape or not float((y - expected).abs().max()) <= 1e-3 * float(y.abs().max()):
+            return False
+    return True
+
+
+class MaskedNorm:
+    """Two hooks around a norm that leave closed channels out of its averages.
+
+    Args:
+        norm: the module's behaviour.
+        mask: gives ones and zeros for the channels, shape (channels,), for the input it is given.
+    """
+
+    _prunewise_norm = True
+
+    def __init__(self, norm: Norm, mask: Callable[[Tensor], Tensor]) -> None:
+        self.norm = norm
+        self.mask = mask
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The input with closed channels at the mean, and the rest spread so that the variance is theirs."""
+        place = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
+        name = next((k for k, a in kwargs.items() if isinstance(a, Tensor)), None) if place is None else None
+        x: Tensor = kwargs[name] if place is None else args[place]
+        mask = self._along(x)
+        opened = mask.sum().clamp(min=1)
+        spread = (mask.numel() / opened).sqrt().to(x.dtype)
+        if self.norm.centred:
+            others = [d for d in self.norm.dims if d != self.norm.channel]
+            mean = (x * mask).mean(others, keepdim=True) if others else x * mask
+            mean = mean.sum(self.norm.channel, keepdim=True) / opened.to(x.dtype)
+            x = mean + (x - mean) * (mask * spread)
+        else:
+            x = x * (mask * spread)
+        if place is None:
+            return args, {**kwargs, name: x}
+        return (*args[:place], x, *args[place + 1 :]), kwargs
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        """The output over the spread; the bias, which was not spread, as it was."""
+        mask = self._along(output)
+        opened = mask.sum().clamp(min=1)
+        shrink = (opened / mask.numel()).sqrt().to(output.dtype)
+        shape = [n if d in (self.norm.channel, output.dim() - 1) else 1 for d, n in enumerate(output.shape)]
+        bias = module.forward(output.new_zeros(shape))
+        return bias + (output - bias) * shrink
+
+    def _along(self, x: Tensor) -> Tensor:
+        shape = [-1 if d == self.norm.channel else 1 for d in range(x.dim())]
+        return self.mask(x).to(x.dtype).view(shape)
+
+    def put_on(self, module: nn.Module) -> None:
+        """Hook the module."""
+        module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=False)
+        module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
+
+
+def take_off(module: nn.Module) -> None:
+    """Remove every `MaskedNorm` of this module (or of a copy of it)."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key, hook in list(hooks.items()):
+            if getattr(getattr(hook, "__self__", None), "_prunewise_norm", False):
+                del hooks[key]
+                flags.pop(key, None)
+
+
+@contextmanager
+def norms_masked(model: nn.Module, masks: Mapping[Norm, Tensor]) -> Iterator[None]:
+    """While active, these norms average over the channels that their mask (bool, shape (channels,)) leaves."""
+    modules = dict(model.named_modules())
+    hooked = []
+    try:
+        for norm, mask in masks.items():
+            if not mask.all():
+                MaskedNorm(norm, lambda x, mask=mask: mask.to(x.device)).put_on(modules[norm.path])
+                hooked.append(modules[norm.path])
+        yield
+    finally:
+        for module in hooked:
+            take_off(module)
