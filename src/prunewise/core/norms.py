@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -68,9 +69,7 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
         if source is None:
             continue
         shape = trace.tensors[source].shape
-        if trace.tensors[ops[-1].outputs[0]].shape != shape and all(
-            trace.tensors[o].shape != shape for op in ops[-1:] for o in op.outputs
-        ):
+        if all(trace.tensors[o].shape != shape for o in ops[-1].outputs):
             continue
         key = (path, shape)
         if key not in known:
@@ -178,10 +177,11 @@ class MaskedNorm:
         opened = mask.sum().clamp(min=1)
         spread = (mask.numel() / opened).sqrt().to(x.dtype)
         if self.norm.centred:
+            wide = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse to average in
             others = [d for d in self.norm.dims if d != self.norm.channel]
-            mean = (x * mask).mean(others, keepdim=True) if others else x * mask
-            mean = mean.sum(self.norm.channel, keepdim=True) / opened.to(x.dtype)
-            x = mean + (x - mean) * (mask * spread)
+            mean = (x * mask).to(wide).mean(others, keepdim=True) if others else (x * mask).to(wide)
+            mean = mean.sum(self.norm.channel, keepdim=True) / opened.to(wide)
+            x = (mean + (x - mean) * (mask * spread)).to(x.dtype)
         else:
             x = x * (mask * spread)
         if place is None:
@@ -194,7 +194,7 @@ class MaskedNorm:
         opened = mask.sum().clamp(min=1)
         shrink = (opened / mask.numel()).sqrt().to(output.dtype)
         shape = [n if d in (self.norm.channel, output.dim() - 1) else 1 for d, n in enumerate(output.shape)]
-        bias = module.forward(output.new_zeros(shape))
+        bias: Tensor = module.forward(output.new_zeros(shape))
         return bias + (output - bias) * shrink
 
     def _along(self, x: Tensor) -> Tensor:
@@ -227,9 +227,13 @@ def norms_masked(model: nn.Module, masks: Mapping[Norm, Tensor]) -> Iterator[Non
     try:
         for norm, mask in masks.items():
             if not mask.all():
-                MaskedNorm(norm, lambda x, mask=mask: mask.to(x.device)).put_on(modules[norm.path])
+                MaskedNorm(norm, partial(_beside, mask)).put_on(modules[norm.path])
                 hooked.append(modules[norm.path])
         yield
     finally:
         for module in hooked:
             take_off(module)
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.to(x.device)
