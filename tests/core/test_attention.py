@@ -190,3 +190,24 @@ def test_it_costs_what_was_predicted(batch_first: bool, need_weights: bool, kind
     assert isinstance(small.attn, PrunedMultiheadAttention)
     predicted, measured = surgeon.costs({heads: len(KEPT)}), measure(small, inputs)
     assert (measured, measured.by_layer()) == (predicted, predicted.by_layer())
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": WIDTH, "vdim": 7}])
+def test_it_loses_heads_twice(widths: dict[str, int]) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, HEADS, **widths)
+
+        def forward(self, q: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = self.attn(q, q, v)[0]
+            return out
+
+    model: nn.Module = Attends().double()
+    inputs = (draw(5, 2, WIDTH), draw(5, 2, widths.get("vdim", WIDTH)))
+    for left in (3, 2):
+        surgeon = Surgeon.of(model, inputs)
+        (heads,) = [g.name for g in surgeon.grouping.groups if g.prunable]
+        model = surgeon.cut(model, {heads: tuple(range(left))})
+        assert isinstance(model, Attends)
+        assert model.attn.num_heads == left

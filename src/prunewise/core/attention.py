@@ -25,10 +25,11 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             return
         if module.bias_k is not None or module.add_zero_attn:
             return  # not followed: the check that comes after finds out
-        module.__class__ = PrunedMultiheadAttention
+        if not isinstance(module, PrunedMultiheadAttention):  # it may lose heads more than once
+            module.__class__ = PrunedMultiheadAttention
+            module._pruned_separate = not module._qkv_same_embed_dim  # type: ignore[assignment]
+            module._qkv_same_embed_dim = False  # the encoder layer's fused path would assume full heads
         module.num_heads = width // module.head_dim
-        module._pruned_separate = not module._qkv_same_embed_dim  # type: ignore[assignment]
-        module._qkv_same_embed_dim = False  # the encoder layer's fused path would assume full heads
 
     def forward(
         self,
