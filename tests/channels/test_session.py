@@ -397,6 +397,32 @@ def test_shrinking_while_training(every: int) -> None:
     assert {k: v.shape for k, v in whole.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
 
 
+def test_a_width_in_the_code_is_no_reason_to_change_classes_while_training() -> None:
+    class Baked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu().reshape(-1, 10))
+
+    model = Baked()
+    x = torch.randn(4, 6)
+    gates = pw.attach_gates(model, x, budget=pw.Budget(macs=0.5), total_steps=4, shrink_every=2)
+    optimizer = sgd(model)
+    with pytest.warns(UserWarning, match="cannot be shrunk while it trains.*a and b must have same reduction dim"):
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            gates.step(optimizer)
+    with pytest.warns(UserWarning, match="graph module, not your class"):
+        small = gates.finish()
+    assert type(model) is Baked
+    assert type(model.a) is nn.Linear
+    torch.testing.assert_close(small(x).shape, model(x).shape)
+
+
 def test_shrinking_needs_the_optimizer() -> None:
     model = net()
     gates = attach(model, shrink_every=1)

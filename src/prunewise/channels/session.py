@@ -229,7 +229,7 @@ class GateSession:
         _ungate(self.model)
         self._owners = []
         try:
-            small = self._surgeon.cut(self.model, keep)
+            small = self._surgeon.sliced(self.model, keep)  # a graph module would take the place of the classes
             surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
             limits = self._limits_after(surgeon, keep)
         except (VerificationError, PlanError) as error:

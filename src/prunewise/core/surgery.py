@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,12 @@ class Surgeon:
         Raises:
             VerificationError: neither way gives a network that computes what the masked one does.
         """
-        if any(not len(kept) for kept in keep.values()):
-            return self._cut_blocks(model, keep)
-        small = copied(model)
-        slices = state_slices(self.grouping, keep)
-        slice_state(small, slices)
-        widths = {name: len(kept) for name, kept in keep.items()}
-        _set_widths(small, self.costs, widths)
-        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
-        if problem is None:
-            try:
-                check_equal(model, small, self.grouping, keep, self.example_inputs)
-            except VerificationError as error:
-                problem = str(error).partition(". ")[0]
-            else:
-                return small
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.cut)
+        try:
+            return self.sliced(model, keep)
+        except VerificationError as error:
+            problem = str(error).partition(". The model was left")[0]
         warnings.warn(
             f"the small {type(model).__name__} is a graph module, not your class, because {problem}. It trains, saves and "
             "loads all the same; make that width follow from shapes or attributes to keep your class",
@@ -76,8 +67,31 @@ class Surgeon:
         )
         return rebuild(model, self.grouping, keep, self.example_inputs)
 
-    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], *, graph: bool = False) -> nn.Module:
-        """First the blocks go, then the rest is cut like any model."""
+    def sliced(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """As `cut`, in the user's classes or not at all.
+
+        Raises:
+            VerificationError: the classes do not work at the smaller widths; the message says where.
+        """
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.sliced)
+        small = copied(model)
+        slice_state(small, state_slices(self.grouping, keep))
+        _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
+        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
+        if problem is not None:
+            raise VerificationError(problem)
+        check_equal(model, small, self.grouping, keep, self.example_inputs)
+        return small
+
+    def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """As `cut`, but a graph module in any case."""
+        if _drops_blocks(keep):
+            return self._cut_blocks(model, keep, Surgeon.rebuilt)
+        return rebuild(model, self.costs, keep, self.example_inputs)
+
+    def _cut_blocks(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], cut: Way) -> nn.Module:
+        """First the blocks go, then the rest is cut like any model, in the given way."""
         grouping = self.grouping
         if not grouping.branches:
             grouping = with_branches(grouping, model, self.example_inputs)
@@ -85,16 +99,16 @@ class Surgeon:
         shallow = copied(model)
         drop(shallow, [b for b in grouping.branches if not b.reason and b.dropped(keep)])
         rest = Surgeon.of(shallow, self.example_inputs)
-        left = translate(grouping, rest.grouping, keep)
-        small = rest.rebuilt(shallow, left) if graph else rest.cut(shallow, left)
+        small = cut(rest, shallow, translate(grouping, rest.grouping, keep))
         check_equal(model, small, grouping, keep, self.example_inputs)
         return small
 
-    def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
-        """As `cut`, but a graph module in any case."""
-        if any(not len(kept) for kept in keep.values()):
-            return self._cut_blocks(model, keep, graph=True)
-        return rebuild(model, self.costs, keep, self.example_inputs)
+
+Way = Callable[[Surgeon, nn.Module, Mapping[str, tuple[int, ...]]], nn.Module]
+
+
+def _drops_blocks(keep: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(not len(kept) for kept in keep.values())
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:
