@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import measure
+from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon
 
 HEADS, SIZE, KEPT = 4, 3, (1, 3)
@@ -211,3 +212,19 @@ def test_it_loses_heads_twice(widths: dict[str, int]) -> None:
         model = surgeon.cut(model, {heads: tuple(range(left))})
         assert isinstance(model, Attends)
         assert model.attn.num_heads == left
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_in_an_encoder_that_leaves_the_padding_out() -> None:
+    """In eval mode torch's encoder turns a padded batch into a nested tensor, and padding comes out as zeros."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inputs = {"src": draw(2, 5, WIDTH), "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}
+    surgeon = Surgeon.of(model, inputs)
+    keep = {g.name: KEPT for g in surgeon.grouping.groups if g.prunable and g.size == HEADS}
+    small = surgeon.cut(model, keep)
+    with torch.no_grad(), masked(model, surgeon.grouping.groups, keep):
+        want, got = model(**inputs), small(**inputs)
+    assert len(keep) == 2
+    assert want[1, 3:].abs().max() == 0
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

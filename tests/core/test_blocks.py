@@ -323,11 +323,15 @@ def test_refused_with_a_reason(kind: str, why: str | None) -> None:
         assert_same(want, outputs(small, x))
 
 
-def test_fast_path_of_torch_encoder_layers() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_fast_path_of_torch_encoder_layers(padded: bool) -> None:
     """Dropped parts must not be reached by the fused kernel that torch takes in eval mode."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
-    model, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 16, dtype=torch.float64)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), {"src": torch.randn(2, 5, 16, dtype=torch.float64)}
+    if padded:  # torch leaves the padding out: its layers get nested tensors
+        x["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     surgeon = Surgeon.of(model, x, blocks=True)
     blocks = offered(surgeon)
     assert len(blocks) == 4

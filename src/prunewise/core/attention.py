@@ -46,6 +46,13 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
 
         The operations are those of torch, one by one, so the cost is what was predicted from the whole module.
         """
+        if query.is_nested:  # an encoder in eval mode leaves the padding out
+            lengths = [len(each) for each in query.unbind()]
+            padded = query.to_padded_tensor(0.0)
+            places = torch.arange(padded.shape[1], device=query.device)
+            padding = places >= torch.tensor(lengths, device=query.device)[:, None]
+            out, _ = self(padded, padded, padded, padding, need_weights=False)
+            return torch.nested.as_nested_tensor([each[:n] for each, n in zip(out, lengths, strict=True)]), None
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))

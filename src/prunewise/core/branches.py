@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,8 +77,13 @@ class Dropped(nn.Module):
         for name, value in vars(original).items() if original is not None else ():
             if not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None))):
                 setattr(self, name, value)  # code around it may ask (`batch_first`, `eps`, `stride`)
-        if isinstance(original, nn.MultiheadAttention):
-            self.in_proj_bias, self._qkv_same_embed_dim = None, False  # no fused path for the layer around it
+        nothing = torch.empty(0)  # nn.TransformerEncoder looks at the weights in its first layer
+        if isinstance(original, nn.Linear):
+            self.weight = self.bias = nothing
+        elif isinstance(original, nn.MultiheadAttention):
+            self.in_proj_weight = self.in_proj_bias = nothing
+            self.out_proj = SimpleNamespace(weight=nothing, bias=nothing)
+            self._qkv_same_embed_dim = False  # no fused path for the layer around it
         self._stub = stub
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
