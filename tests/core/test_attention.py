@@ -223,7 +223,7 @@ def test_in_an_encoder_that_leaves_the_padding_out() -> None:
     surgeon = Surgeon.of(model, inputs)
     keep = {g.name: KEPT for g in surgeon.grouping.groups if g.prunable and g.size == HEADS}
     small = surgeon.cut(model, keep)
-    with torch.no_grad(), masked(model, surgeon.grouping.groups, keep):
+    with torch.no_grad(), masked(model, surgeon.grouping, keep):
         want, got = model(**inputs), small(**inputs)
     assert len(keep) == 2
     assert want[1, 3:].abs().max() == 0

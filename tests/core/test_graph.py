@@ -52,7 +52,7 @@ def compare(model: nn.Module, x: Any, seed: int = 0, batch: bool = True) -> nn.M
     model.train()
     trained = copy.deepcopy(small).train()
     args, kwargs = as_call(x)
-    with masked(model, costs.grouping.groups, keep), torch.no_grad():
+    with masked(model, costs.grouping, keep), torch.no_grad():
         reference = copy.deepcopy(model)
         torch.manual_seed(0)
         want = tensors_of(reference(*args, **kwargs))
@@ -65,7 +65,7 @@ def compare(model: nn.Module, x: Any, seed: int = 0, batch: bool = True) -> nn.M
     assert {n for n, p in trained.named_parameters() if not p.requires_grad} == frozen
     # What training did to the buffers shows in eval mode.
     reference.eval(), trained.eval()
-    with masked(reference, costs.grouping.groups, keep), torch.no_grad():
+    with masked(reference, costs.grouping, keep), torch.no_grad():
         for a, b in zip(tensors_of(reference(*args, **kwargs)), tensors_of(trained(*args, **kwargs)), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
     return small

@@ -205,7 +205,7 @@ def test_a_factor_that_is_a_width_too_is_not_touched() -> None:
     with pytest.warns(UserWarning, match="graph module"):
         small = pw.apply_plan(model, plan_of(model, {"a": (0, 3)}, {"a": 8}), x)
     surgeon = Surgeon.of(model, x)
-    with masked(model, surgeon.grouping.groups, {"a": (0, 3)}), torch.no_grad():
+    with masked(model, surgeon.grouping, {"a": (0, 3)}), torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
 
 

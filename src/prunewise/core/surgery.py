@@ -187,7 +187,7 @@ def _set_own_widths(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = shape[0]
-    elif type(module) in (nn.MultiheadAttention, PrunedMultiheadAttention):
+    elif isinstance(module, PrunedMultiheadAttention) or type(module) is nn.MultiheadAttention:
         PrunedMultiheadAttention.adopt(module)
 
 
