@@ -147,8 +147,8 @@ class GateSession:
             PlanError: no optimizer was given.
         """
         self._require_attached()
-        keep = self.control.keep
-        if all(len(keep[g.name]) == g.size for g in self.control.limits.groups):
+        keep = self._staying()
+        if all(len(keep[g.name]) == g.size for g in self.groups):
             return False
         if optimizer is None:
             raise PlanError("shrinking slices the optimizer's state too: call gates.step(optimizer)")
@@ -159,6 +159,15 @@ class GateSession:
             self._shrink_every = None
             return False
         return True
+
+    def _staying(self) -> Keep:
+        """The open units. A block that may still go keeps a second, closed one: a single unit is no group that could close."""
+        keep = dict(self.control.keep)
+        closable = {name for b in self.control.limits.branches for name in b.groups}
+        for group in self.groups if not self.control.frozen else ():
+            if group.name in closable and len(keep[group.name]) == 1 < group.size:
+                keep[group.name] = (0, *keep[group.name]) if keep[group.name] != (0,) else (0, 1)
+        return keep
 
     def _cut(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
         """Cut the model down to `keep`, in place, and with it all that is counted in its units.
@@ -186,8 +195,7 @@ class GateSession:
             for name, units in self._original.items()
         }
         before = self._gates_by_name()
-        self.control.keep = keep
-        self.control.shrink(limits)
+        self.control.shrink(limits, keep)
         self._surgeon = surgeon
         device = next(self.model.parameters()).device
         self._gates = Gates(
