@@ -74,6 +74,7 @@ def attach_gates(
     Source: Kim, Park, Jung, Choe, arXiv 1904.10921. Ours differs in the control: see `prunewise.channels.control`.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> gates = attach_gates(model, torch.zeros(1, 4), budget=Budget(macs=0.5), total_steps=10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

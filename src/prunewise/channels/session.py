@@ -319,6 +319,7 @@ class GateSession:
 
         Raises:
             PlanError: the state is of other groups, or the optimizer is missing; nothing was changed.
+            VerificationError: the model cannot be shrunk as it was; nothing was changed.
         """
         units: Keep = {name: tuple(kept) for name, kept in state.get("units", self._whole).items()}
         shrunk = units != self._original
@@ -365,6 +366,7 @@ class GateSession:
         inputs = self._surgeon.example_inputs
         if any(p.is_meta for p in self.model.parameters()):
             self._attach()
+            self._show(self.control.keep)
             return
         with masked(self.model, self.control.limits.groups, keep, branches):
             want = outputs(self.model, inputs, False)
