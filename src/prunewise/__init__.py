@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prunewise.channels.attach import attach_gates
     from prunewise.channels.budget import Budget
     from prunewise.channels.oneshot import plan_channels
-    from prunewise.channels.session import GateSession, attach_gates
+    from prunewise.channels.session import GateSession
     from prunewise.core.cost import Cost, measure
     from prunewise.core.errors import (
         AlreadyGatedError,
@@ -68,9 +69,10 @@ __all__ = [
 
 # Which module holds which of these names; what is not listed here is an error class.
 _HOMES = {
+    "channels.attach": ("attach_gates",),
     "channels.budget": ("Budget",),
     "channels.oneshot": ("plan_channels",),
-    "channels.session": ("GateSession", "attach_gates"),
+    "channels.session": ("GateSession",),
     "core.cost": ("Cost", "measure"),
     "core.groups": ("ChannelGroup", "channel_groups"),
     "core.plan": ("ChannelPlan",),

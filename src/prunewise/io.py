@@ -78,9 +78,22 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
             f"expected (directory, model, ChannelPlan), got a {type(small).__name__} and a {type(plan).__name__}"
         )
     small = _unwrapped(small)
+    tensors, tied = _tensors(small)
+    _require_savable(small, plan, tensors)
+    weights = _described(small, tensors, tied)
+    folder = _made(directory)
+    # The plan's replacement is the moment of change: until then the new weights lie beside the old pair under a name of their own.
+    staged, weights["sha256"] = stage_tensors(folder, tensors, _staged_name)
+    write_json(folder / PLAN_FILE, {**plan.to_dict(), "weights": weights})
+    os.replace(staged, folder / WEIGHTS_FILE)
+    for old in folder.glob(_staged_name("*")):
+        old.unlink(missing_ok=True)  # left by a process that was killed
+
+
+def _require_savable(small: nn.Module, plan: ChannelPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Raise where the model is not one that the plan makes, or holds what is not a tensor."""
     if is_gated(small):
         raise AlreadyGatedError("the model has gates: save what gates.finish() returns")
-    tensors, tied = _tensors(small)
     count = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
     expected = plan.cost_after.get("params")
     if expected is not None and count != expected:
@@ -94,8 +107,11 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
                 f"module {path!r} ({type(module).__name__}) has an extra state (get_extra_state), which may be anything and "
                 "is not saved: keep that state in buffers"
             )
-    modes = {path: module.training for path, module in small.named_modules()}
-    weights: dict[str, Any] = {
+
+
+def _described(small: nn.Module, tensors: Mapping[str, Tensor], tied: list[list[str]]) -> dict[str, Any]:
+    """The section `weights` of plan.json, but for the SHA-256: what the tensors alone do not tell."""
+    return {
         "format": _FORMAT,
         "strides": {
             n: list(t.stride()) for n, t in tensors.items() if not _is_plain(t) and _is_dense(t.shape, t.stride())
@@ -104,15 +120,8 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
         "frozen": [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad],
         "graph": isinstance(small, RebuiltModule),
         "training": small.training,
-        "other_mode": [path for path, training in modes.items() if training != small.training],
+        "other_mode": [path for path, module in small.named_modules() if module.training != small.training],
     }
-    folder = _made(directory)
-    # The plan's replacement is the moment of change: until then the new weights lie beside the old pair under a name of their own.
-    staged, weights["sha256"] = stage_tensors(folder, tensors, _staged_name)
-    write_json(folder / PLAN_FILE, {**plan.to_dict(), "weights": weights})
-    os.replace(staged, folder / WEIGHTS_FILE)
-    for old in folder.glob(_staged_name("*")):
-        old.unlink(missing_ok=True)  # left by a process that was killed
 
 
 def load_pruned(

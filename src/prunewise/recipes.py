@@ -30,9 +30,9 @@ from prunewise._training import (
     own_randomness,
     seed_epoch,
 )
+from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
 from prunewise.channels.oneshot import plan_channels
-from prunewise.channels.session import attach_gates
 from prunewise.core.cost import measure
 from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import prunewise as pw
 from prunewise.channels.control import Schedule
 from prunewise.channels.gate import sigmoid_slope
+from prunewise.core.plan import fingerprint
 
 
 class Net(nn.Module):
@@ -582,6 +583,36 @@ def test_a_model_that_would_lose_its_class_is_not_shrunk_while_it_trains() -> No
     small = gates.finish()
     assert type(model) is Flattened
     assert pw.measure(small, X).as_dict() == gates.plan.cost_after
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+def test_a_block_with_one_open_unit_may_still_go_after_shrinking() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 6), Residual(), nn.Linear(6, 4)), torch.randn(5, 3)
+    architecture = fingerprint(model)
+    gates = pw.attach_gates(model, x, budget=pw.Budget(macs=0.9), total_steps=STEPS, drop_blocks=True)
+    optimizer = sgd(model)
+    plan = pw.ChannelPlan({"1.a": (3,)}, {"1.a": 8}, architecture)
+    gates.set_plan(plan)
+    want, cost = model(x), gates.cost()
+    assert gates.shrink(optimizer)
+    assert model.get_submodule("1.a").weight.shape == (2, 6)
+    assert [b.name for b in gates.control.limits.branches] == ["1"]
+    torch.testing.assert_close(model(x), want)
+    assert gates.cost() == cost
+    assert not gates.shrink(optimizer)
+    assert gates.harden().keep == plan.keep
+    assert gates.shrink(optimizer)  # frozen: now it stays
+    assert model.get_submodule("1.a").weight.shape == (1, 6)
+    torch.testing.assert_close(gates.finish()(x), want)
+    assert gates.plan.keep == plan.keep
 
 
 def test_shrinking_needs_the_optimizer() -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from prunewise.channels.dropping import block_worth
+from prunewise.channels.dropping import block_worth, droppable
 from prunewise.channels.latency import LatencyModel
 from prunewise.core.branches import Branch
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import NonFiniteError
+from prunewise.core.errors import NonFiniteError, PlanError
 from prunewise.core.groups import ChannelGroup
 
 Scores = npt.NDArray[np.float64]
+Removal = tuple[float, str, int]  # worth, name of a group, how many of its units; or of a whole branch, and 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,31 @@ class Limits:
         gone = set(branches)
         return {name: 0 for b in self.branches if b.name in gone for name in b.groups}
 
+    def after(self, costs: CostModel, keep: Mapping[str, Sequence[int]]) -> Limits:
+        """The limits for the network cut down to `keep`, which costs `costs`: the groups are the old ones, smaller.
+
+        Groups of a single unit are left out.
+
+        Raises:
+            PlanError: the smaller network does not have these groups, or none of them is left.
+        """
+        found = {g.name: g for g in costs.groups}
+        groups = []
+        for group in self.groups:
+            size = len(keep[group.name])
+            if size > 1:
+                if group.name not in found or found[group.name].size != size:
+                    raise PlanError(f"group {group.name!r} changes its shape when shrunk")
+                groups.append(found[group.name])
+        if not groups:
+            raise PlanError("no group has more than one unit left")
+        latency = self.latency.bind(costs) if self.latency is not None else None
+        names = {b.name for b in self.branches}
+        branches = tuple(b for b in costs.grouping.branches if b.name in names)
+        if branches:
+            branches = droppable(branches, groups, self.min_keep)
+        return replace(self, costs=costs, groups=tuple(groups), latency=latency, branches=branches)
+
     def met(self, widths: Mapping[str, int], slack: Mapping[str, float] | None = None) -> bool:
         """True where every cost is within its limit (or within `slack`, where given)."""
         kept = torch.tensor([float(widths.get(g.name, g.size)) for g in self.costs.groups], dtype=torch.float64)
@@ -123,60 +150,63 @@ def choose_units(
         For each group, the indices of the units that stay, ascending. Ties go to the lower index. If even the
         floors do not meet the limits, the floors.
     """
-    ranked = {}
-    full = {}
-    blocks: list[tuple[float, str, int]] = []  # (worth, group, units in the block), the first to go first
-    for group in limits.groups:
-        values = np.asarray(worth[group.name], dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the loss and the weights")
-        units = np.arange(group.size) if start is None else np.asarray(start[group.name], dtype=np.int64)
-        order = units[np.lexsort((-units, values[units]))]
-        ranked[group.name] = order
-        full[group.name] = len(units)
-        at, running = 0, -np.inf
-        for size in _block_sizes(len(units), min(limits.floor(group), len(units)), limits.round_to):
-            running = max(running, float(values[order[at : at + size]].mean()))
-            blocks.append((running, group.name, size))
-            at += size
-    # Stable: among equals, the blocks of one group stay in their order.
-    blocks.sort(key=lambda block: block[0])
+    order = {g.name: _ascending(g, worth[g.name], None if start is None else start[g.name]) for g in limits.groups}
+    full = {name: len(units) for name, units in order.items()}
+    removals = [r for g in limits.groups for r in _of_units(g, np.asarray(worth[g.name]), order[g.name], limits)]
+    # Stable: among equals, the removals of one group stay in their order.
+    removals.sort(key=lambda removal: removal[0])
+    branches = [b for b in limits.branches if masses is not None and any(full[name] for name in b.groups)]
+    whole = [(block_worth(b, (masses or {})[b.name], limits, full, removals), b.name, 0) for b in branches]
+    removals = sorted([*removals, *whole], key=lambda removal: removal[0])
+    widths = _remove(removals, full, limits, slack)
+    return {name: tuple(sorted(units[len(units) - widths[name] :].tolist())) for name, units in order.items()}
 
-    whole: list[tuple[float, str, int]] = []  # whole branches; of size 0, to tell them from units
-    for branch in limits.branches:
-        if masses is not None and any(full[name] for name in branch.groups):
-            whole.append((block_worth(branch, masses[branch.name], limits, full, blocks), branch.name, 0))
-    blocks = sorted([*blocks, *whole], key=lambda block: block[0])
 
-    def removed(count: int) -> tuple[dict[str, int], set[str]]:
-        result = dict(full)
-        for _, name, size in blocks[:count]:
+def _ascending(group: ChannelGroup, worth: Scores, start: Sequence[int] | None) -> npt.NDArray[np.int64]:
+    """The units to choose from, the first to go first."""
+    values = np.asarray(worth, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"the importance of {group.name!r} is not finite: look at the loss and the weights")
+    units = np.arange(group.size) if start is None else np.asarray(start, dtype=np.int64)
+    return units[np.lexsort((-units, values[units]))]
+
+
+def _of_units(group: ChannelGroup, worth: Scores, order: npt.NDArray[np.int64], limits: Limits) -> Iterator[Removal]:
+    """What can be removed of a group, one after another; none is worth less than the one before it."""
+    at, running = 0, -np.inf
+    for size in _block_sizes(len(order), min(limits.floor(group), len(order)), limits.round_to):
+        running = max(running, float(worth[order[at : at + size]].mean()))
+        yield running, group.name, size
+        at += size
+
+
+def _remove(
+    removals: Sequence[Removal], full: Mapping[str, int], limits: Limits, slack: Mapping[str, float] | None
+) -> dict[str, int]:
+    """The widths after the fewest `removals` that meet the limits, less those that can be taken back."""
+
+    def after(count: int) -> tuple[dict[str, int], set[str]]:
+        units = dict(full)
+        for _, name, size in removals[:count]:
             if size:
-                result[name] -= size
-        return result, {name for _, name, size in blocks[:count] if not size}
+                units[name] -= size
+        return units, {name for _, name, size in removals[:count] if not size}
 
-    def widths(units: dict[str, int], gone: set[str]) -> dict[str, int]:
+    def widths(units: Mapping[str, int], gone: set[str]) -> dict[str, int]:
         return {**units, **limits.without(gone)}
 
-    low, high = 0, len(blocks)
-    while low < high:
-        middle = (low + high) // 2
-        if limits.met(widths(*removed(middle)), slack):
-            high = middle
-        else:
-            low = middle + 1
-    left, gone = removed(low)
-    stuck: set[str] = set()  # the blocks of a group differ in size: past one that does not fit, widths would be uneven
-    for _, name, size in reversed(blocks[:low]):
+    fewest = bisect_left(range(len(removals)), True, key=lambda count: limits.met(widths(*after(count)), slack))
+    units, gone = after(fewest)
+    stuck: set[str] = set()  # a group's removals differ in size: past one that must stay, widths would be uneven
+    for _, name, size in reversed(removals[:fewest]):
         if name in stuck or (size and name in limits.without(gone)):
             continue
-        trial = ({**left, name: left[name] + size}, gone) if size else (left, gone - {name})
+        trial = ({**units, name: units[name] + size}, gone) if size else (units, gone - {name})
         if limits.met(widths(*trial), slack):
-            left, gone = trial
+            units, gone = trial
         else:
             stuck.add(name)
-    kept = widths(left, gone)
-    return {name: tuple(sorted(order[len(order) - kept[name] :].tolist())) for name, order in ranked.items()}
+    return widths(units, gone)
 
 
 def _block_sizes(size: int, floor: int, round_to: int) -> Sequence[int]:

@@ -136,13 +136,14 @@ class GateControl:
         }
         return choose_units(worth, self.limits, slack, self.keep, masses)
 
-    def shrink(self, limits: Limits) -> None:
-        """Go on with the groups of the network without its closed channels, those of more than one unit."""
+    def shrink(self, limits: Limits, keep: Mapping[str, Sequence[int]]) -> None:
+        """Go on with the groups of the network cut down to `keep`, those of more than one unit."""
         masses = {g.name: mass for g, mass in zip(self.limits.groups, self._mass, strict=True)}
-        self._mass = [masses[g.name][list(self.keep[g.name])] for g in limits.groups]
+        self._mass = [masses[g.name][list(keep[g.name])] for g in limits.groups]
         blocks = {b.name: mass for b, mass in zip(self.limits.branches, self._block_mass, strict=True)}
         self._block_mass = [blocks[b.name] for b in limits.branches]
-        self.keep = {g.name: tuple(range(g.size)) for g in limits.groups}
+        units = {g.name: enumerate(keep[g.name]) for g in limits.groups}
+        self.keep = {name: tuple(i for i, unit in rows if unit in self.keep[name]) for name, rows in units.items()}
         self.limits = limits
 
     def state_dict(self) -> dict[str, Any]:

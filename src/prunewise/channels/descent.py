@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,12 +69,12 @@ class DescentControl(GateControl):
             keep[group.name] = tuple(sorted(w.topk(count).indices.tolist()))
         return keep
 
-    def shrink(self, limits: Limits) -> None:
+    def shrink(self, limits: Limits, keep: Mapping[str, Sequence[int]]) -> None:
         """As `GateControl.shrink`; closed gates cannot reopen after it."""
         for name in ("_w", "_velocity") if self._w else ():  # empty before the first step
             old = {g.name: value for g, value in zip(self.limits.groups, getattr(self, name), strict=True)}
-            setattr(self, name, [old[g.name][list(self.keep[g.name])] for g in limits.groups])
-        super().shrink(limits)
+            setattr(self, name, [old[g.name][list(keep[g.name])] for g in limits.groups])
+        super().shrink(limits, keep)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on."""

@@ -1,16 +1,20 @@
-"""The trainable gate: a step in the forward pass, a chosen slope in the backward pass."""
+"""The trainable gate: a step in the forward pass, a chosen slope in the backward pass. On weights, and off them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from prunewise.core.sites import Site
+from prunewise.core.branches import Branch
+from prunewise.core.groups import ChannelGroup, Grouping
+from prunewise.core.norms import MaskedNorm, unhook
+from prunewise.core.sites import Site, gate_sites, norm_sites
 
 Shaping = Callable[[Tensor], Tensor]
 
@@ -156,3 +160,79 @@ class GatedWeight(nn.Module):
             opened = gate(self._gates.blocks[block], self._gates.shaping)
             weight = weight * opened.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())
         return weight
+
+
+def put_on(
+    model: nn.Module, grouping: Grouping, groups: Sequence[ChannelGroup], branches: Sequence[Branch], gates: Gates
+) -> dict[str, nn.Parameter]:
+    """Parametrise every weight that reads channels with gates, or that ends a block which may go; and hook norms.
+
+    Returns:
+        All parameters of the model by name, as they were before.
+    """
+    shapes = {t.name: t.shape for t in grouping.structure.trace.tensors if t.name}
+    sizes = [g.size for g in groups]
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
+    sites: dict[str, list[Site]] = {}
+    for site in gate_sites(groups, shapes):
+        sites.setdefault(site.name, []).append(site)
+    blocks: dict[str, list[int]] = {}
+    for number, branch in enumerate(branches):
+        for name in branch.parameters:
+            blocks.setdefault(name, []).append(number)
+    weights: dict[str, nn.Parameter] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied parameter has several
+    for path, module in list(model.named_modules()):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, leaf))
+                weights[f"{path}.{leaf}" if path else leaf] = parameter
+    orders: dict[nn.Module, list[str]] = {}
+    for name in dict.fromkeys([*sites, *blocks]):
+        weight = weights[name]
+        for module, leaf in places[id(weight)]:
+            order = orders.setdefault(module, list(module._parameters))
+            gated = GatedWeight(
+                gates, sites.get(name, []), offsets, sizes, weight.dim(), order, blocks.get(name, [])
+            ).to(weight.device)
+            gated.train(module.training)
+            parametrize.register_parametrization(module, leaf, gated, unsafe=True)
+    modules = dict(model.named_modules())
+    for norm, units in norm_sites(grouping, groups):
+        MaskedNorm(norm, UnitMask(gates, units, offsets, sizes).beside).put_on(modules[norm.path])
+    return weights
+
+
+def take_off(model: nn.Module) -> None:
+    """Remove every gate parametrization, and every hook of a norm, of a model (or of a copy of it)."""
+    for module in list(model.modules()):
+        unhook(module)
+        if not parametrize.is_parametrized(module):
+            continue
+        chains: Any = module.parametrizations
+        for leaf, chain in list(chains.items()):
+            gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
+            if gated is not None:
+                # Copies of a parametrised module share its class, from which torch is about to delete: its own first.
+                cls = type(module)
+                module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+                # torch registers the weight anew, as the last one: optimizers and checkpoints go by the order.
+                rank = {name: i for i, name in enumerate(gated.order)}
+                ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
+                module._parameters.clear()
+                module._parameters.update(ordered)
+
+
+def swap_gates(
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[tuple[str, str], nn.Parameter],
+    after: Mapping[tuple[str, str], nn.Parameter],
+) -> None:
+    """Where `optimizer` holds gates from before, it gets those of the same name; gates that are gone leave it."""
+    successor = {old: after.get(name) for name, old in before.items()}
+    for group in optimizer.param_groups:
+        now = [successor.get(p, p) for p in group["params"]]
+        group["params"] = [p for p in now if p is not None]
+    for old in successor:
+        optimizer.state.pop(old, None)

@@ -6,7 +6,8 @@ divided by cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -107,39 +108,24 @@ def taylor(
     Raises:
         PlanError: no batch was given.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = _tensors(model)
     read = {m.name for g in groups for m in g.members if m.role == "in"}
     names = sorted(read | {n for b in branches for n in b.parameters})
     watched = [tensors[n] for n in names]
-    needed = [p.requires_grad for p in watched]
-    modes = [(m, m.training) for m in model.modules()]
     scores = {g.name: np.zeros(g.size) for g in groups}
     totals = {b.name: 0.0 for b in branches}
     batches = 0
-    try:
-        model.eval()
-        for p in watched:
-            p.requires_grad_(True)
+    with _differentiable(model, watched):
         for batch in data:
             value = (loss or cross_entropy)(model, batch)
-            gradients = dict(zip(names, torch.autograd.grad(value, watched, allow_unused=True), strict=True))
+            gradients = torch.autograd.grad(value, watched, allow_unused=True)
             batches += 1
+            found = {n: (g, p.detach()) for n, g, p in zip(names, gradients, watched, strict=True) if g is not None}
             for group in groups:
-                signed = np.zeros(group.size)
-                for member in group.members:
-                    gradient = gradients.get(member.name) if member.role == "in" else None
-                    if gradient is not None:
-                        product = (gradient * tensors[member.name].detach()).double()
-                        signed += _reduced(product, member.dim, member.indices, mean=False)
-                scores[group.name] += signed**2
+                scores[group.name] += _first_order(group, found) ** 2
             for branch in branches:
-                found = [(gradients[n], tensors[n].detach()) for n in branch.parameters if gradients[n] is not None]
-                totals[branch.name] += sum(float((g * p).sum()) for g, p in found) ** 2
-    finally:
-        for p, need in zip(watched, needed, strict=True):
-            p.requires_grad_(need)
-        for module, mode in modes:
-            module.training = mode
+                ends = [found[n] for n in branch.parameters if n in found]
+                totals[branch.name] += sum(float((g * p).sum()) for g, p in ends) ** 2
     if not batches:
         raise PlanError("importance 'taylor' needs data: batches of (inputs, targets)")
     if masses is not None:
@@ -147,23 +133,45 @@ def taylor(
     return {name: value / batches for name, value in scores.items()}
 
 
-def hybrid(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    *,
-    data: Iterable[Any],
-    loss: Callable[..., Tensor] | None = None,
-    branches: Sequence[Branch] = (),
-    masses: dict[str, float] | None = None,
-) -> dict[str, Scores]:
-    """Taylor masses, handed to the units of each group in the order of their magnitude.
+@contextmanager
+def _differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """While active, `model` is in eval mode and gradients reach `parameters`, frozen ones too."""
+    needed = [p.requires_grad for p in parameters]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, need in zip(parameters, needed, strict=True):
+            p.requires_grad_(need)
+        for module, mode in modes:
+            module.training = mode
 
-    Gradients tell better how many units a layer needs, magnitudes which ones (measured in benchmarks/).
-    Arguments and errors as for `taylor`.
+
+def _first_order(group: ChannelGroup, found: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
+    """Σ gradient · weight over all that reads each unit, shape (units,); `found` has both by parameter name."""
+    total = np.zeros(group.size)
+    for member in group.members:
+        if member.role == "in" and member.name in found:
+            gradient, weight = found[member.name]
+            total += _reduced((gradient * weight).double(), member.dim, member.indices, mean=False)
+    return total
+
+
+def by_magnitude(importance: Importance) -> Importance:
+    """An importance with the scores of `importance`, handed to the units of each group in the order of their magnitude.
+
+    Of `taylor` this is "hybrid": gradients tell better how many units a layer needs, magnitudes which ones (measured in
+    benchmarks/).
     """
-    units = taylor(model, groups, data=data, loss=loss, branches=branches, masses=masses)
-    ranks = magnitude(model, groups)
-    return {name: in_order_of(values, ranks[name]) for name, values in units.items()}
+
+    def scored(model: nn.Module, groups: Sequence[ChannelGroup]) -> Mapping[str, Scores]:
+        ranks = magnitude(model, groups)
+        return {name: in_order_of(values, ranks[name]) for name, values in importance(model, groups).items()}
+
+    return scored
 
 
 def in_order_of(masses: Scores, ranks: Scores) -> Scores:

@@ -15,13 +15,12 @@ from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Limits, Scores, choose_units
 from prunewise.channels.dropping import droppable
 from prunewise.channels.latency import LatencyModel
-from prunewise.core.blocks import with_branches
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.groups import Choice, select
 from prunewise.core.inputs import describe
 from prunewise.core.plan import ChannelPlan, fingerprint
-from prunewise.core.surgery import is_gated
+from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
 
 Allocation = Literal["uniform", "global"]
@@ -81,29 +80,19 @@ def plan_channels(
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
     if allocation is None:
         allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
+    if allocation not in ("uniform", "global"):
+        raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
     if drop_blocks and allocation == "uniform":
         raise PlanError(
             "drop_blocks=True needs allocation='global' (as importance='taylor' has it): 'uniform' keeps all"
         )
-    costs = CostModel.of(model, example_inputs)
-    if drop_blocks:
-        costs = CostModel(with_branches(costs.grouping, model, example_inputs))
+    costs = Surgeon.of(model, example_inputs, blocks=drop_blocks).costs
     limits = limits_for(
         model, costs, budget, include, exclude, min_keep, round_to, example_inputs, drop_blocks=drop_blocks
     )
-    masses: dict[str, float] = {}
-    scores = _score(model, limits, importance, data, loss, seed, masses)
-    for branch in limits.branches:  # an importance of units alone: the sum over the group that closes the block
-        masses.setdefault(branch.name, min(float(np.sum(scores[name])) for name in branch.cuts))
-    if allocation == "uniform":
-        worth = {name: rank_share(values) for name, values in scores.items()}
-    elif allocation == "global":
-        share = limits.marginal({})
-        worth = {name: np.asarray(values) / share[name] for name, values in scores.items()}
-    else:
-        raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
+    scores, masses = _scores(model, limits, importance, data, loss, seed)
+    keep = choose_units(_worth(scores, limits, allocation), limits, masses=masses)
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
-    keep = choose_units(worth, limits, masses=masses)
     notes = {"importance": name, "allocation": allocation, **limits.notes(keep)}
     return make_plan(fingerprint(model), costs, keep, notes, example_inputs)
 
@@ -175,17 +164,27 @@ def rank_share(scores: Scores) -> Scores:
     return (ranks + 0.5) / len(scores)
 
 
-def _score(
+def _worth(scores: Mapping[str, Scores], limits: Limits, allocation: Allocation) -> dict[str, Scores]:
+    """What each unit is worth, comparable between groups."""
+    if allocation == "uniform":
+        return {name: rank_share(values) for name, values in scores.items()}
+    share = limits.marginal({})
+    return {name: np.asarray(values) / share[name] for name, values in scores.items()}
+
+
+def _scores(
     model: nn.Module, limits: Limits, importance: str | imp.Importance, data: Iterable[Any] | None,
-    loss: Callable[..., Tensor] | None, seed: int, masses: dict[str, float],
-) -> Mapping[str, Scores]:  # fmt: skip
-    blocks: Any = {"branches": limits.branches, "masses": masses}
+    loss: Callable[..., Tensor] | None, seed: int,
+) -> tuple[Mapping[str, Scores], dict[str, float]]:  # fmt: skip
+    """The importance of every unit, by group, and of every branch that may go, by name."""
+    masses: dict[str, float] = {}
+    taylor = partial(imp.taylor, data=() if data is None else data, loss=loss, branches=limits.branches, masses=masses)
     known: dict[str, imp.Importance] = {
         "magnitude": imp.magnitude,
         "bn_scale": imp.bn_scale,
         "random": partial(imp.random, seed=seed),
-        "taylor": partial(imp.taylor, data=() if data is None else data, loss=loss, **blocks),
-        "hybrid": partial(imp.hybrid, data=() if data is None else data, loss=loss, **blocks),
+        "taylor": taylor,
+        "hybrid": imp.by_magnitude(taylor),
     }
     groups = limits.groups
     if callable(importance):
@@ -202,4 +201,6 @@ def _score(
             raise NonFiniteError(
                 f"the importance of {group.name!r} is not finite: look at the weights (NaN?) or the loss"
             )
-    return scores
+    for branch in limits.branches:  # an importance of units alone: the sum over the group that closes the block
+        masses.setdefault(branch.name, min(float(np.sum(scores[name])) for name in branch.cuts))
+    return scores, masses

@@ -1,131 +1,32 @@
-"""Gates on a model in training: attach, train, finish."""
+"""Gates on a model in training: train, shrink, save and go on, finish."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from prunewise.channels.budget import Budget
-from prunewise.channels.choose import Limits, Scores
-from prunewise.channels.control import GateControl, Keep, Schedule
-from prunewise.channels.descent import DescentControl
-from prunewise.channels.dropping import droppable
-from prunewise.channels.gate import GatedWeight, Gates, Shaping, UnitMask, constant
+from prunewise.channels.choose import Scores
+from prunewise.channels.control import GateControl, Keep
+from prunewise.channels.gate import Gates, put_on, swap_gates, take_off
 from prunewise.channels.importance import magnitude
 from prunewise.channels.latency import in_words, measure_latency
-from prunewise.channels.oneshot import limits_for, make_plan
+from prunewise.channels.oneshot import make_plan
 from prunewise.channels.replay import device_of
 from prunewise.core.branches import check_keep
 from prunewise.core.cost import Cost
-from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError, PrunewiseError, VerificationError
-from prunewise.core.groups import Choice
-from prunewise.core.norms import MaskedNorm, take_off
+from prunewise.core.errors import PlanError, PrunewiseError, VerificationError
+from prunewise.core.groups import ChannelGroup
 from prunewise.core.optimizer import move_optimizer
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.proof import compare, outputs
-from prunewise.core.sites import gate_sites, masked, norm_sites
+from prunewise.core.sites import masked
 from prunewise.core.slices import state_slices
-from prunewise.core.surgery import Surgeon, graft, is_gated, require_unshared
-from prunewise.core.trace import Inputs
-
-
-def attach_gates(
-    model: nn.Module,
-    example_inputs: Inputs,
-    *,
-    budget: Budget,
-    total_steps: int,
-    include: Choice = None,
-    exclude: Choice = None,
-    min_keep: int = 1,
-    round_to: int = 1,
-    schedule: Schedule | None = None,
-    shaping: Shaping = constant,
-    initial: float = 1.0,
-    shrink_every: int | None = None,
-    control: Literal["fisher", "descent"] = "fisher",
-    drop_blocks: bool = False,
-) -> GateSession:
-    """Put trainable gates on every removable channel of `model`.
-
-    The gates multiply the weights that read the channels, so the gated model equals the pruned one at any
-    time, and costs next to nothing more to train. The model is changed in place: its weights are parametrised
-    (`torch.nn.utils.parametrize`) until `finish()` or `detach()`.
-
-    Args:
-        model: the network, on the device where it trains.
-        example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-        budget: what the small network may cost; met exactly, never exceeded.
-        total_steps: how many times `step()` will be called.
-        include, exclude: names, shell patterns or a callable that select channel groups.
-        min_keep: no group keeps fewer units.
-        round_to: kept widths are multiples of this (or the full width).
-        schedule: when gates close; the default is the best one measured.
-        shaping: slope of the gate function in the backward pass.
-        initial: start value of the gate parameters, ≥ 0 (open).
-        control: how gates are learnt: "fisher" measures with their gradients what each layer needs (the
-            default, the best measured); "descent" moves them by plain gradient descent, as the paper does.
-        drop_blocks: residual blocks may go as a whole, where what they are worth per cost is least (needs
-            `min_keep` 1 and the "fisher" control).
-        shrink_every: remove closed channels for good every so many steps, so that training gets faster as it
-            prunes. The model is shrunk in place (modules stay the same objects, parameters are new); `step()`
-            then needs the optimizer, whose state is sliced along.
-
-    Returns:
-        The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and
-        `gates.finish()` at the end.
-
-    Raises:
-        BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
-        PlanError: a setting is out of range, or settings do not go together.
-        NoPrunableGroupError: nothing can be removed.
-        AlreadyGatedError: gates are attached already.
-        TraceError: the model does not run on `example_inputs`.
-
-    Source: Kim, Park, Jung, Choe, arXiv 1904.10921. Ours differs in the control: see `prunewise.channels.control`.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> gates = attach_gates(model, torch.zeros(1, 4), budget=Budget(macs=0.5), total_steps=10)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> for _ in range(10):
-        ...     loss = model(torch.randn(16, 4)).square().mean() + gates.penalty()
-        ...     optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
-        >>> gates.finish()[0]
-        Linear(in_features=4, out_features=4, bias=True)
-    """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise BudgetError(f"total_steps={total_steps!r} should be the number of optimizer steps of the run, at least 1")
-    if shrink_every is not None and (type(shrink_every) is not int or shrink_every < 1):
-        raise PlanError(f"shrink_every={shrink_every!r} should be a number of steps, at least 1, or None")
-    if drop_blocks and control != "fisher":
-        raise PlanError(f"drop_blocks=True needs control='fisher', not {control!r}: it measures what a block is worth")
-    surgeon = Surgeon.of(model, example_inputs, blocks=drop_blocks)
-    limits = limits_for(
-        model, surgeon.costs, budget, include, exclude, min_keep, round_to, example_inputs, drop_blocks=drop_blocks
-    )
-    require_unshared(model)
-    device = next(model.parameters()).device
-    gates = Gates([g.size for g in limits.groups], device, shaping, initial, len(limits.branches))
-    plan = schedule or Schedule()
-    if control == "fisher":
-        steering = GateControl(limits, total_steps, plan, device)
-    elif control == "descent":
-        steering = DescentControl(limits, total_steps, plan, device, initial=initial)
-    else:
-        raise PlanError(f"control {control!r} should be 'fisher' or 'descent'")
-    session = GateSession(model, surgeon, gates, steering, initial, shrink_every, budget.device)
-    session._prove()
-    return session
+from prunewise.core.surgery import Surgeon, graft
 
 
 class GateSession:
@@ -146,7 +47,6 @@ class GateSession:
         self._surgeon = surgeon
         self._gates = gates
         self._initial = max(abs(initial), 1e-3)
-        self._owners: list[tuple[nn.Module, str]] = []
         self._fingerprint = fingerprint(model)
         self._costs = surgeon.costs  # of the original: plans are always plans for it
         self._limits = control.limits  # of the original, as well
@@ -154,18 +54,20 @@ class GateSession:
         self._original = self._whole  # the units of the original that are left, by group
         self._shrink_every = shrink_every
         self._device = device  # where latency counts; None: where the model is
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[
+            str, nn.Parameter
+        ] = {}  # by name, as they were before the gates; none: no gates are attached
         control.ranking = self._magnitudes
 
     @property
-    def groups(self) -> list[Any]:
+    def groups(self) -> list[ChannelGroup]:
         """The channel groups that have gates."""
         return list(self.control.limits.groups)
 
     @property
     def attached(self) -> bool:
         """False after `finish()` or `detach()`."""
-        return bool(self._owners)
+        return bool(self._weights)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The gate parameters: one vector a group, one number a block that may go.
@@ -244,8 +146,8 @@ class GateSession:
             PlanError: no optimizer was given.
         """
         self._require_attached()
-        keep = self.control.keep
-        if all(len(keep[g.name]) == g.size for g in self.control.limits.groups):
+        keep = self._staying()
+        if all(len(keep[g.name]) == g.size for g in self.groups):
             return False
         if optimizer is None:
             raise PlanError("shrinking slices the optimizer's state too: call gates.step(optimizer)")
@@ -257,6 +159,15 @@ class GateSession:
             return False
         return True
 
+    def _staying(self) -> Keep:
+        """The open units. A block that may still go keeps a second, closed one: a single unit is no group that could close."""
+        keep = dict(self.control.keep)
+        closable = {name for b in self.control.limits.branches for name in b.groups}
+        for group in self.groups if not self.control.frozen else ():
+            if group.name in closable and len(keep[group.name]) == 1 < group.size:
+                keep[group.name] = (0, *keep[group.name]) if keep[group.name] != (0,) else (0, 1)
+        return keep
+
     def _cut(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
         """Cut the model down to `keep`, in place, and with it all that is counted in its units.
 
@@ -264,12 +175,11 @@ class GateSession:
             VerificationError, PlanError: it cannot be cut; model and gates are as they were.
         """
         slices = state_slices(self._surgeon.grouping, keep)
-        _ungate(self.model)
-        self._owners = []
+        self._take_off()
         try:
             small = self._surgeon.sliced(self.model, keep)  # a graph module would take the place of the classes
             surgeon = Surgeon.of(small, self._surgeon.example_inputs, blocks=bool(self.control.limits.branches))
-            limits = self._limits_after(surgeon, keep)
+            limits = self.control.limits.after(surgeon.costs, keep)
             move_optimizer(optimizer, self.model, small, slices)
         except (VerificationError, PlanError):
             self._attach()
@@ -280,14 +190,13 @@ class GateSession:
             for name, units in self._original.items()
         }
         before = self._gates_by_name()
-        self.control.keep = keep
-        self.control.shrink(limits)
+        self.control.shrink(limits, keep)
         self._surgeon = surgeon
         device = next(self.model.parameters()).device
         self._gates = Gates(
             [g.size for g in limits.groups], device, self._gates.shaping, self._initial, len(limits.branches)
         )
-        _swap_parameters(optimizer, before, self._gates_by_name())
+        swap_gates(optimizer, before, self._gates_by_name())
         self._attach()
         self._show(self.control.keep)
 
@@ -295,26 +204,6 @@ class GateSession:
         limits = self.control.limits
         names = [*(("group", g.name) for g in limits.groups), *(("block", b.name) for b in limits.branches)]
         return dict(zip(names, self.parameters(), strict=True))
-
-    def _limits_after(self, surgeon: Surgeon, keep: Keep) -> Limits:
-        """The limits for the shrunk model: its groups are the old ones, smaller; a single unit is no group."""
-        old = self.control.limits
-        found = {g.name: g for g in surgeon.costs.groups}
-        groups = []
-        for group in old.groups:
-            size = len(keep[group.name])
-            if size > 1:
-                if group.name not in found or found[group.name].size != size:
-                    raise PlanError(f"group {group.name!r} changes its shape when shrunk")
-                groups.append(found[group.name])
-        if not groups:
-            raise PlanError("no group has more than one unit left")
-        latency = old.latency.bind(surgeon.costs) if old.latency is not None else None
-        names = {b.name for b in old.branches}
-        branches = [b for b in surgeon.grouping.branches if b.name in names]
-        if branches:
-            branches = list(droppable(branches, groups, old.min_keep))
-        return Limits(surgeon.costs, tuple(groups), old.absolute, old.min_keep, old.round_to, latency, tuple(branches))
 
     def cost(self) -> Cost:
         """What the network costs as gated now."""
@@ -384,7 +273,7 @@ class GateSession:
         keep = self.control.keep
         source = self.model if model is None else model
         if model is not None:
-            _ungate(model)
+            take_off(model)
         self.detach()
         small = self._surgeon.cut(source, keep)
         self.plan = replace(plan, notes={**plan.notes, **self._measured(small)})
@@ -400,8 +289,7 @@ class GateSession:
 
     def detach(self) -> nn.Module:
         """Take the gates off: the original model back, untouched but for its training."""
-        _ungate(self.model)
-        self._owners = []
+        self._take_off()
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -426,6 +314,7 @@ class GateSession:
 
         Raises:
             PlanError: the state is of other groups, or the optimizer is missing; nothing was changed.
+            VerificationError: the model cannot be shrunk as it was; nothing was changed.
         """
         units: Keep = {name: tuple(kept) for name, kept in state.get("units", self._whole).items()}
         shrunk = units != self._original
@@ -460,7 +349,7 @@ class GateSession:
         notes = {"importance": "gates", **self._limits.notes(keep)}
         return make_plan(self._fingerprint, self._costs, keep, notes, inputs)
 
-    def _prove(self) -> None:
+    def prove(self) -> None:
         """Attach, and check that the gates reach what `forward` reads: with every other unit closed.
 
         Raises:
@@ -472,6 +361,7 @@ class GateSession:
         inputs = self._surgeon.example_inputs
         if any(p.is_meta for p in self.model.parameters()):
             self._attach()
+            self._show(self.control.keep)
             return
         with masked(self.model, self._surgeon.grouping, keep):
             want = outputs(self.model, inputs, False)
@@ -493,40 +383,13 @@ class GateSession:
         return magnitude(self._weights, self.control.limits.groups)
 
     def _attach(self) -> None:
-        grouping = self._surgeon.grouping
-        groups = self.control.limits.groups
-        shapes = {t.name: t.shape for t in grouping.structure.trace.tensors if t.name}
-        sizes = [g.size for g in groups]
-        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
-        by_name: dict[str, list[Any]] = {}
-        for site in gate_sites(groups, shapes):
-            by_name.setdefault(site.name, []).append(site)
-        modules = list(self.model.named_modules())
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
-        names: dict[str, Tensor] = {}
-        for path, module in modules:
-            for leaf, tensor in module._parameters.items():
-                if tensor is not None:
-                    places.setdefault(id(tensor), []).append((module, leaf))
-                    names[f"{path}.{leaf}" if path else leaf] = tensor
-        self._weights = dict(names)
-        orders: dict[nn.Module, list[str]] = {}
-        blocks: dict[str, list[int]] = {}
-        for number, branch in enumerate(self.control.limits.branches):
-            for name in branch.parameters:
-                blocks.setdefault(name, []).append(number)
-        for name in dict.fromkeys([*by_name, *blocks]):
-            sites, ends = by_name.get(name, []), blocks.get(name, [])
-            weight = names[name]
-            for module, leaf in places[id(weight)]:
-                order = orders.setdefault(module, list(module._parameters))
-                gated = GatedWeight(self._gates, sites, offsets, sizes, weight.dim(), order, ends).to(weight.device)
-                gated.train(module.training)
-                parametrize.register_parametrization(module, leaf, gated, unsafe=True)
-                self._owners.append((module, leaf))
-        found = dict(modules)
-        for norm, units in norm_sites(grouping, groups):
-            MaskedNorm(norm, UnitMask(self._gates, units, offsets, sizes).beside).put_on(found[norm.path])
+        self._weights = put_on(
+            self.model, self._surgeon.grouping, self.groups, self.control.limits.branches, self._gates
+        )
+
+    def _take_off(self) -> None:
+        take_off(self.model)
+        self._weights = {}
 
     def _show(self, keep: Keep) -> None:
         """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
@@ -550,41 +413,6 @@ class GateSession:
             raise PrunewiseError("this session has ended: its gates were taken off by finish() or detach()")
 
 
-def _ungate(model: nn.Module) -> None:
-    """Remove every gate parametrization of a model (or of a copy of it)."""
-    for module in list(model.modules()):
-        take_off(module)
-        if not parametrize.is_parametrized(module):
-            continue
-        chains: Any = module.parametrizations
-        for leaf, chain in list(chains.items()):
-            gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
-            if gated is not None:
-                # Copies of a parametrised module share its class, from which torch is about to delete: its own first.
-                cls = type(module)
-                module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-                # torch registers the weight anew, as the last one: optimizers and checkpoints go by the order.
-                rank = {name: i for i, name in enumerate(gated.order)}
-                ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
-                module._parameters.clear()
-                module._parameters.update(ordered)
-
-
 def _check_units(name: str, kept: Sequence[int], size: int) -> None:
     if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(size)):
         raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")
-
-
-def _swap_parameters(
-    optimizer: torch.optim.Optimizer,
-    before: Mapping[tuple[str, str], nn.Parameter],
-    after: Mapping[tuple[str, str], nn.Parameter],
-) -> None:
-    """Where `optimizer` holds gates from before, it gets those of the same name; gates that are gone leave it."""
-    successor = {old: after.get(name) for name, old in before.items()}
-    for group in optimizer.param_groups:
-        now = [successor.get(p, p) for p in group["params"]]
-        group["params"] = [p for p in now if p is not None]
-    for old in successor:
-        optimizer.state.pop(old, None)

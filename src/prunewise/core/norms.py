@@ -207,7 +207,7 @@ class MaskedNorm:
         module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
 
 
-def take_off(module: nn.Module) -> None:
+def unhook(module: nn.Module) -> None:
     """Remove every `MaskedNorm` of this module (or of a copy of it)."""
     for hooks, flags in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -232,7 +232,7 @@ def norms_masked(model: nn.Module, masks: Mapping[Norm, Tensor]) -> Iterator[Non
         yield
     finally:
         for module in hooked:
-            take_off(module)
+            unhook(module)
 
 
 def _beside(mask: Tensor, x: Tensor) -> Tensor:
