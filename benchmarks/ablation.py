@@ -20,12 +20,14 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from bench import table, write
 from torch import nn
 
 import prunewise as pw
+from prunewise.channels import importance
 from prunewise.channels.control import Schedule
 from prunewise.channels.gate import sigmoid_slope
 from prunewise.cli.digits import Digits, DigitsResNet, load_digits
@@ -37,6 +39,7 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "one shot: taylor, global": {"importance": "taylor"},
     "one shot: hybrid, global": {"importance": "hybrid"},
 }
+POWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the diminishing returns; 0.5 is "hybrid"
 GATES: dict[str, dict[str, Any]] = {
     "default": {},
     "default, slope of a sigmoid": {"shaping": sigmoid_slope},
@@ -110,6 +113,14 @@ def main() -> None:
             small = pw.apply_plan(trained, plan, example)
             train(small, data, args.epochs, args.lr, seed)
             runs.setdefault(name, []).append({**score(small, data), "keep": _widths(plan)})
+        for power in POWERS:
+            plan = pw.plan_channels(
+                trained, example, budget=budget, importance=_diminishing(power, batches), allocation="global"
+            )
+            small = pw.apply_plan(trained, plan, example)
+            train(small, data, args.epochs, args.lr, seed)
+            name = f"one shot: taylor in the order of magnitude, (size / k)^{power:g}"
+            runs.setdefault(name, []).append({**score(small, data), "keep": _widths(plan)})
         for name, options in GATES.items():
             model = copy.deepcopy(trained)
             steps = -(-len(data.train_targets) // BATCH) * args.epochs
@@ -140,6 +151,22 @@ def _dense(trained: nn.Module, data: Digits, args: argparse.Namespace, seed: int
     model = copy.deepcopy(trained)
     train(model, data, args.epochs, args.lr, seed)
     return {**score(model, data), "keep": {}}
+
+
+def _diminishing(power: float, batches: list[Any]) -> Callable[..., dict[str, Any]]:
+    """Taylor masses in the order of magnitude, the k-th highest times (size / k)^power."""
+
+    def scored(model: nn.Module, groups: Any) -> dict[str, Any]:
+        masses, ranks = importance.taylor(model, groups, data=batches), importance.magnitude(model, groups)
+        result = {}
+        for group in groups:
+            values = np.empty(group.size)
+            growth = (group.size / np.arange(group.size, 0, -1)) ** power
+            values[np.argsort(ranks[group.name], kind="stable")] = np.sort(masses[group.name]) * growth
+            result[group.name] = values
+        return result
+
+    return scored
 
 
 def _widths(plan: pw.ChannelPlan) -> dict[str, list[int]]:

@@ -68,6 +68,7 @@ class GateControl:
         self.ranking = ranking
         self.limits = limits
         self.full = limits.totals({})
+        self._sizes = {g.name: g.size for g in limits.groups}  # at first; `shrink` leaves them
         self.total_steps = total_steps
         self.schedule = schedule
         self.step = 0
@@ -78,6 +79,11 @@ class GateControl:
         self._weight = torch.zeros((), device=device)
         self._decay = 1 - 1 / max(10.0, schedule.memory * total_steps)
         self._every = max(1, round((schedule.close - schedule.observe) * total_steps / schedule.updates))
+
+    @property
+    def values(self) -> list[Tensor] | None:
+        """What the gates should show where they are open or closed; None: one value for all."""
+        return None
 
     def observe(self, gradients: list[Tensor], blocks: Sequence[Tensor] = ()) -> None:
         """Take in ∂loss/∂gate of every group (and block), after one backward pass (no host synchronisation).
@@ -129,7 +135,7 @@ class GateControl:
                 # What a closed gate sees is no measure of the layer's need: only the open ones' masses are
                 # handed out.
                 units = np.array(self.keep[group.name], dtype=np.int64)
-                values[units] = in_order_of(values[units], ranks[group.name][units])
+                values[units] = in_order_of(values[units], ranks[group.name][units], self._sizes[group.name])
             worth[group.name] = values
         masses = {
             b.name: float(m) / max(seen, 1e-30) for b, m in zip(self.limits.branches, self._block_mass, strict=True)

@@ -14,59 +14,66 @@ from prunewise.channels.control import GateControl, Keep, Schedule
 
 
 class DescentControl(GateControl):
-    """Gate parameters move down the gradient of the loss plus λ times the cost over its target.
+    """Gate values w move down the gradient of the loss plus λ times the cost; a gate is open where w ≥ 0.
 
-    Every quantity is normalised, so that nothing has to be tuned between networks: the task's gradients by
-    their root mean square over all gates, the cost's gradient by its own. λ is proportional to the excess of
-    the cost over a target that falls from the full cost to the budget. Gates start spread, in the order of
-    their units' magnitude, so that they close one after another and not as an avalanche. When the target has
-    reached the budget, the gates are frozen where the budget is met exactly.
+    Steps are preconditioned by what a unit costs: w ← w − rate·(∂loss/∂gate / ∂cost/∂gate + λ), so w is a balance of
+    benefit and cost. λ is not tuned but solved for at every update: it is the least that brings the cost of the open
+    gates to the target, which falls from the full cost to the budget. Closed gates go on moving, and may reopen at the
+    expense of others. Gates start spread, in the order of their units' magnitude, so that they close one after another
+    and not as an avalanche. When the target has reached the budget, they are frozen.
 
-    Source: the loss of arXiv 1904.10921; initial spread, falling target, λ and freezing are ours.
+    Source: the loss of arXiv 1904.10921; initial spread, preconditioner, falling target, λ and freezing are ours.
+
+    Where a normalisation follows the reader of a layer, the gradients of that layer's gates sum to nothing (its
+    output does not depend on the scale of its weights): descent ranks the units of a layer and says nothing on how many
+    it needs. That is why it is not the default.
 
     Args:
         limits, total_steps, schedule, device: as for `GateControl`.
-        rate: step size, in gate units a step, for a gradient of one root mean square.
-        gain: λ for an excess of the whole target.
+        speed: how far, in units of `initial`, a gate moves while gates close, for a gradient of one root mean square.
         initial: gates start evenly spread over (0, 2·initial).
     """
 
     def __init__(
         self, limits: Limits, total_steps: int, schedule: Schedule, device: torch.device, *,
-        rate: float = 0.02, gain: float = 50.0, initial: float = 1.0,
+        speed: float = 2.0, initial: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(limits, total_steps, schedule, device)
-        self._rate, self._gain, self._initial = rate, gain, initial
+        self._rate = speed * initial / max(1.0, (schedule.close - schedule.observe) * total_steps)
+        self._initial = initial
         self._w: list[Tensor] = []
         self._velocity: list[Tensor] = []
+
+    @property
+    def values(self) -> list[Tensor] | None:
+        """The gate values of every group; None before the first step."""
+        return self._w or None
 
     def observe(self, gradients: list[Tensor], blocks: Sequence[Tensor] = ()) -> None:
         """Move every gate one step (momentum 0.9)."""
         super().observe(gradients, blocks)
         if not self._w:
             self._start(gradients)
-        if self.frozen:
+        if self.frozen or self.step < self.schedule.observe * self.total_steps:
             return
-        rms = torch.cat(self._mass).mean().div(self._weight.clamp(min=1e-12)).sqrt().clamp(min=1e-20)
-        widths = {name: len(kept) for name, kept in self.keep.items()}
-        now, target = self.limits.totals(widths), self.target()
-        excess = sum(max(0.0, now[kind] / limit - 1) for kind, limit in target.items())
-        share = self.limits.marginal(widths)
-        typical = float(np.sqrt(np.mean([v**2 for v in share.values()])))
-        for group, w, v, g in zip(self.limits.groups, self._w, self._velocity, gradients, strict=True):
-            push = self._gain * excess * share[group.name] / typical
-            v.mul_(0.9).add_(torch.nan_to_num(g.to(w.dtype)) / rms + push, alpha=0.1)
+        share = self.limits.marginal({name: len(kept) for name, kept in self.keep.items()})
+        benefit = [
+            torch.nan_to_num(g.to(w.dtype)) / share[group.name]
+            for group, g, w in zip(self.limits.groups, gradients, self._w, strict=True)
+        ]
+        rms = torch.cat(benefit).square().mean().sqrt().clamp(min=1e-20)
+        for w, v, g in zip(self._w, self._velocity, benefit, strict=True):
+            v.mul_(0.9).add_(g / rms, alpha=0.1)
             w.sub_(v, alpha=self._rate)
 
     def choose(self, slack: dict[str, float] | None = None) -> Keep:
-        """On the way: the gates at or above zero, and the floors; at the end: the highest that meet the budget."""
-        if slack is None:
-            worth = {g.name: w.double().cpu().numpy() for g, w in zip(self.limits.groups, self._w, strict=True)}
-            return choose_units(worth, self.limits)
-        keep = {}
-        for group, w in zip(self.limits.groups, self._w, strict=True):
-            count = max(int((w >= 0).sum()), self.limits.floor(group))
-            keep[group.name] = tuple(sorted(w.topk(count).indices.tolist()))
+        """The gates that are highest, as many as the target (at the end: the budget) lets be open; w is moved by λ."""
+        worth = {g.name: w.double().cpu().numpy() for g, w in zip(self.limits.groups, self._w, strict=True)}
+        keep = choose_units(worth, self.limits, slack)
+        closed = [np.delete(worth[g.name], keep[g.name]) for g in self.limits.groups]
+        price = max((float(values.max()) for values in closed if values.size), default=0.0)
+        for w in self._w:
+            w.sub_(max(0.0, price))
         return keep
 
     def shrink(self, limits: Limits, keep: Mapping[str, Sequence[int]]) -> None:

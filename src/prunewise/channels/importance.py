@@ -169,15 +169,24 @@ def by_magnitude(importance: Importance) -> Importance:
 
     def scored(model: nn.Module, groups: Sequence[ChannelGroup]) -> Mapping[str, Scores]:
         ranks = magnitude(model, groups)
-        return {name: in_order_of(values, ranks[name]) for name, values in importance(model, groups).items()}
+        return {
+            name: in_order_of(values, ranks[name], len(values)) for name, values in importance(model, groups).items()
+        }
 
     return scored
 
 
-def in_order_of(masses: Scores, ranks: Scores) -> Scores:
-    """`masses` handed to units in the order of `ranks`: the highest mass to the unit of the highest rank."""
+def in_order_of(masses: Scores, ranks: Scores, size: int) -> Scores:
+    """`masses` handed to units in the order of `ranks`, with diminishing returns.
+
+    The highest mass goes to the unit of the highest rank. The k-th highest counts √(size / k) times, `size` being
+    the units that the group had at first: a mass says what the loss loses with one unit while all others are there,
+    and the fewer there are, the more each of them is worth. Without that, small budgets close whole layers but for a
+    unit (measured in benchmarks/results/ablation.md, as is the power of 1/2).
+    """
     result = np.empty(len(masses))
-    result[np.argsort(ranks, kind="stable")] = np.sort(masses)
+    growth = np.sqrt(size / np.arange(len(masses), 0, -1))
+    result[np.argsort(ranks, kind="stable")] = np.sort(masses) * growth
     return result
 
 

@@ -111,6 +111,16 @@ class GateSession:
             PrunewiseError: no gradient reached the gates at all (no backward pass, or another model was run).
         """
         self._require_attached()
+        if not self.control.frozen:
+            self._observe(grad_scale)
+        if self.control.update() or (self.control.values is not None and not self.control.frozen):
+            self._show(self.control.keep)
+        else:
+            self._set_values()  # an optimizer that holds the gates has moved them
+        if self._shrink_every and self.control.step % self._shrink_every == 0:
+            self.shrink(optimizer)
+
+    def _observe(self, grad_scale: float | Tensor) -> None:
         gradients = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.values]
         if all(g.grad is None for g in self._gates.values):
             raise PrunewiseError(
@@ -124,12 +134,6 @@ class GateSession:
         self.control.observe(gradients, blocks)
         for value in self.parameters():
             value.grad = None
-        if self.control.update():
-            self._show(self.control.keep)
-        else:
-            self._set_values()  # an optimizer that holds the gates has moved them
-        if self._shrink_every and self.control.step % self._shrink_every == 0:
-            self.shrink(optimizer)
 
     def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
         """Remove closed channels for good, in place; the gates, the optimizer's state and the plan follow.
@@ -247,8 +251,8 @@ class GateSession:
         self._require_attached()
         if not self.control.limits.met({name: len(kept) for name, kept in self.control.keep.items()}):
             self.control.keep = self.control.choose()
-            self._show(self.control.keep)
         self.control.frozen = True
+        self._show(self.control.keep)
         return self._plan()
 
     def finish(self, model: nn.Module | None = None) -> nn.Module:
@@ -392,17 +396,23 @@ class GateSession:
         self._weights = {}
 
     def _show(self, keep: Keep) -> None:
-        """Set the gate parameters: open ones at the initial value, closed ones at minus that."""
+        """Set the gate parameters: open ones at the initial value, closed ones at minus that, or as the control says."""
         limits, gates = self.control.limits, self._gates
         self._shown = [torch.full_like(value, -self._initial) for value in self.parameters()]
         with torch.no_grad():
             for group, value in zip(limits.groups, self._shown[: len(gates.values)], strict=True):
                 index = torch.tensor(keep[group.name], dtype=torch.int64, device=value.device)
                 value.index_fill_(0, index, self._initial)
+            if self.control.values is not None:
+                for w, value in zip(self.control.values, self._shown, strict=False):
+                    value.copy_(torch.where(value > 0, w.clamp(min=0), w.clamp(max=-1e-6)))
             for branch, value in zip(limits.branches, self._shown[len(gates.values) :], strict=True):
                 if not branch.dropped(keep):
                     value.fill_(self._initial)
         self._set_values()
+        for value in self.parameters():  # gates at rest need no gradient, and no optimizer moves what has none
+            value.requires_grad_(not self.control.frozen)
+            value.grad = None
 
     def _set_values(self) -> None:
         with torch.no_grad():
