@@ -184,11 +184,28 @@ def test_clipping_does_not_see_the_gates() -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step).backward()
-        before = [g.grad.clone() for g in gates.parameters() if g.grad is not None]
+        held = [g for g in gates.parameters() if g.grad is not None]
+        assert step > 0 or len(held) == len(list(gates.parameters()))
+        before = [g.grad.clone() for g in held]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-        assert all(torch.equal(a, g.grad) for a, g in zip(before, gates.parameters(), strict=True))
+        assert all(torch.equal(a, g.grad) for a, g in zip(before, held, strict=True))
         optimizer.step()
         gates.step()
+    check(gates, model)
+
+
+def test_gates_at_rest_need_no_gradient_and_stay() -> None:
+    model = net()
+    gates = attach(model)
+    optimizer = torch.optim.Adam([*model.parameters(), *gates.parameters()], lr=0.3)
+    train(model, gates, optimizer, range(3))
+    plan = gates.harden()
+    for step in range(3):  # the user trains on, and calls gates.step() no more
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        assert all(g.grad is None for g in gates.parameters())
+        optimizer.step()
+    assert gates.harden() == plan
     check(gates, model)
 
 

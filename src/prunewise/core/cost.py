@@ -334,6 +334,8 @@ def multiply_adds(op: Op, shape: Any) -> list[list[Factor]]:
         return [dims(a["self"], 0, 1, 2) + dims(a["mat2"], 2)]
     if op.name == "baddbmm":
         return [dims(a["batch1"], 0, 1, 2) + dims(a["batch2"], 2)]
+    if op.name == "_grouped_mm" and len(shape(a["self"].id)) == 2:
+        return [dims(a["self"], 0, 1) + dims(a["mat2"], -1)]
     if op.name == "linear":
         rank = len(shape(a["input"].id))
         return [dims(a["input"], *range(rank)) + dims(a["weight"], 0)]

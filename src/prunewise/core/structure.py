@@ -76,6 +76,7 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
 # Operations in which a weight whose entries are zero takes nothing in and gives nothing on.
 _READS_BY_WEIGHT = (
     "mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "linear", "convolution", "_convolution", "embedding",
+    "_grouped_mm",
 )  # fmt: skip
 
 # What differs between the modes of any network and says nothing about its structure.

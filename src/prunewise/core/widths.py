@@ -182,18 +182,24 @@ def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ..
         module = modules[scope]
         alike = [(n, m) for n, m in modules.items() if type(m) is type(module)] if scope else [(scope, module)]
         sizes = {n: _changed_sizes(each, predicted, n) for n, _ in alike}
+        unchanged = {n: _unchanged_sizes(each, predicted, n) for n, _ in alike}
         for name, value in list(vars(module).items()):
             if not _holds_width(name, value) or _replaced(value, here, 0) is None:
                 continue
             for choice in range(3):
-                targets = []
+                targets: list[tuple[nn.Module, str, Any, Any]] = []
+                clear: list[tuple[nn.Module, str, Any, Any]] = []
                 for other_scope, other in alike:
                     old = vars(other).get(name)
                     new = _replaced(old, sizes[other_scope], choice) if _holds_width(name, old) else None
-                    if new is not None:
+                    if old is not None and new is not None:
                         targets.append((other, name, old, new))
-                if targets:
-                    yield _Change(targets)
+                        if unchanged[other_scope].isdisjoint([old] if isinstance(old, int) else old):
+                            clear.append(targets[-1])
+                # Where a size stays in another place of the module, the integer may mean that place.
+                for chosen in (clear, targets) if 0 < len(clear) < len(targets) else (targets,):
+                    if chosen:
+                        yield _Change(chosen)
 
 
 def _holds_width(name: str, value: Any) -> bool:
@@ -217,6 +223,19 @@ def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: st
                 if before != after:
                     sizes.setdefault(before, set()).add(after)
     return sizes
+
+
+def _unchanged_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str) -> set[int]:
+    """The sizes that stay in some dimension of what operations inside a module make."""
+    prefix = f"{scope}." if scope else ""
+    return {
+        before
+        for op in each.trace.ops
+        if op.module == scope or op.module.startswith(prefix)
+        for out, new in zip(op.outputs, predicted[op.index], strict=True)
+        for before, after in zip(each.trace.tensors[out].shape, new, strict=True)
+        if before == after
+    }
 
 
 def _replaced(old: Any, sizes: Sizes, choice: int) -> Any:

@@ -217,6 +217,8 @@ class _Fix:
         elif name == "repeat_interleave" and isinstance(bound.get("repeats"), int):
             shape, now, d = self.predicted[0], self.new.values[x].shape, bound.get("dim")
             put_argument(self.node, "repeats", shape[0] // now.numel() if d is None else shape[d] // now[d])
+            if bound.get("output_size") is not None:
+                put_argument(self.node, "output_size", shape[0 if d is None else d])
         elif name.startswith("conv") and "groups" in bound:
             self._groups(x, name.startswith("conv_transpose") or bool(bound.get("transposed")), bound)
         elif name in ("group_norm", "native_group_norm"):

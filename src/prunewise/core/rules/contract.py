@@ -72,6 +72,17 @@ def addmm(flow: Flow, op: Op) -> Layout:
     return flow.join([product, flow.of(a["self"])], flow.shape(op.outputs[0]), op)
 
 
+@rule("_grouped_mm")
+def grouped_mm(flow: Flow, op: Op) -> Layout:
+    """Rows of x, sorted by expert, each times the matrix of its expert."""
+    x, y = op.args["self"], op.args["mat2"]
+    if len(flow.shape(x.id)) != 2 or len(flow.shape(y.id)) != 3:
+        raise ValueError("only rows times a stack of matrices")
+    flow.layouts[x.id] = flow.fix(flow.of(x), [0], op)
+    flow.layouts[y.id] = flow.fix(flow.of(y), [0], op)
+    return _contract(flow, op, x, y, "tk", "ekj", "tj")
+
+
 @rule("linear")
 def linear(flow: Flow, op: Op) -> Layout:
     """X @ weight.T + bias, where torch does not take it apart itself."""

@@ -14,7 +14,7 @@ from prunewise.core.trace import Op, Ref
     "bernoulli", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "prelu",
     "_prelu_kernel", "masked_fill", "fill", "zero", "where", "view_as_real_copy", "conj", "_conj", "resolve_conj",
     "fake_quantize_per_tensor_affine", "_local_scalar_dense", "nan_to_num", "dropout", "alpha_dropout", "_assert_async",
-    "uniform", "normal", "rrelu_with_noise",
+    "uniform", "normal", "rrelu_with_noise", "hardswish", "log_sigmoid_forward",
 )  # fmt: skip
 def pointwise(flow: Flow, op: Op) -> Layout | list[Layout]:
     """Aligned indices are one channel. Also the default for operators that carry torch's `pointwise` tag."""

@@ -179,8 +179,10 @@ def cat(flow: Flow, op: Op) -> Layout:
     """Labels follow one another along the dimension of concatenation; the other dimensions are joined."""
     layouts = [flow.of(r) for r in op.args["tensors"]]
     shape = flow.shape(op.outputs[0])
-    layouts = [x for x in layouts if len(x.shape) == len(shape)]  # torch lets an empty 1-D tensor pass
-    return _concatenate(flow, op, layouts, int(op.args.get("dim", 0)) % len(shape), shape)
+    dim = int(op.args.get("dim", 0)) % len(shape)
+    # Empty parts add nothing (a cache before its first entry, say); torch lets even an empty 1-D tensor pass.
+    layouts = [x for x in layouts if len(x.shape) == len(shape) and x.shape[dim]]
+    return _concatenate(flow, op, layouts, dim, shape) if layouts else Layout(shape)
 
 
 def _concatenate(flow: Flow, op: Op, layouts: list[Layout], dim: int, shape: tuple[int, ...]) -> Layout:
@@ -315,6 +317,20 @@ def index_select(flow: Flow, op: Op) -> Layout:
     """A dimension picked by a tensor of indices is fixed; the others pass."""
     layout = flow.fix(flow.of(op.args["self"]), [op.args["dim"]], op)
     return Layout(flow.shape(op.outputs[0]), layout.blocks)
+
+
+@rule("gather")
+def gather(flow: Flow, op: Op) -> Layout:
+    """Entries picked along one dimension, which is fixed; the others pass where they are whole."""
+    dim = int(op.args["dim"])
+    layouts = []
+    shape = flow.shape(op.outputs[0])
+    for name in ("self", "index"):
+        layout = flow.of(op.args[name])
+        cut = [d for d, (a, b) in enumerate(zip(layout.shape, shape, strict=True)) if a != b]
+        layout = flow.fix(layout, [dim % max(len(shape), 1), *cut] if shape else [], op)
+        layouts.append(Layout(shape, layout.blocks))
+    return flow.join(layouts, shape, op)
 
 
 @rule("embedding")
