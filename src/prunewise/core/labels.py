@@ -211,6 +211,12 @@ def _join_two(store: LabelStore, x: Layout, y: Layout, reason: str) -> Layout:
                     break
                 # Joint on one side only: what the two do not have in common cannot be removed apart.
                 common = set(p.dims) & set(q.dims)
+                joint, single = (p, q) if len(p.dims) > len(q.dims) else (q, p)
+                if len(single.dims) == 1 and single.dims[0] != min(joint.dims):
+                    # A vector along the head size, say: whole heads stay removable, and not the same place of each.
+                    x, y = fix(store, x, d, reason), fix(store, y, d, reason)
+                    changed = True
+                    break
                 for extra in set(p.dims) - common:
                     x = fix(store, x, extra, reason)
                 for extra in set(q.dims) - common:
