@@ -238,3 +238,19 @@ def test_tied_parameters_are_one_tensor() -> None:
     trace = record(model, torch.zeros(1, 4))
     assert trace.state["0.weight"] == trace.state["1.weight"]
     assert trace.tensors[trace.state["1.weight"]].name == "0.weight"
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_followed_in_single_precision_too(kind: type[nn.RNNBase]) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.recurrent, self.head = nn.Linear(6, 8), kind(8, 10, batch_first=True), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(self.embed(x))[0])
+
+    model, x = Tagger().eval(), torch.randn(2, 5, 6)  # on CPUs, LSTM has a fused path for this
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
+    assert small.recurrent.hidden_size < 10
+    assert small.recurrent.input_size < 8

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunewise.core.errors import TraceError
 from prunewise.core.lines import line_here, line_of
-from prunewise.core.untouched import attributes_kept, drop_cached_fakes, in_mode, plain_attention, quiet
+from prunewise.core.untouched import attributes_kept, drop_cached_fakes, in_mode, nothing_fused, quiet
 
 Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
 
@@ -263,7 +263,7 @@ def record_partly(
         _module_stack(model) as stack,
         attributes_kept(model),
         in_mode(model, training),
-        plain_attention(),
+        nothing_fused(),
         quiet(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

@@ -103,11 +103,12 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """nn.MultiheadAttention's fused path is one opaque operation: switched off while tracing."""
+def nothing_fused() -> Iterator[None]:
+    """Fused paths of nn.MultiheadAttention and nn.LSTM are one opaque operation each: switched off while tracing."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

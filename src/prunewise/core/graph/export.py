@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call, template
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
-from prunewise.core.untouched import plain_attention
+from prunewise.core.untouched import nothing_fused
 
 _aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph
     free = [{0: torch.export.Dim.AUTO} if t.dim() and t.shape[0] == batch else None for t in call.tensors]
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
-    with in_mode(model, training), plain_attention(), torch.enable_grad():
+    with in_mode(model, training), nothing_fused(), torch.enable_grad():
         flat = _Flat(model, call, training).train(training)
         model.train(training)
         for given, shapes in ((call.doubled(), (free,)), (call.tensors, None)):
