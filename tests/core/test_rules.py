@@ -227,3 +227,58 @@ def test_heads_of_the_module_called_the_usual_way() -> None:
 
     groups = pw.channel_groups(Model(), torch.zeros(2, 5, 8))
     assert ("attn.in_proj_weight[0]", 4) in [(g.name, g.size) for g in groups if g.prunable]
+
+
+def test_an_empty_rest_takes_part_in_nothing() -> None:
+    class PartialRotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(torch.cat([y[..., :16] * 2, y[..., 16:]], -1))
+
+    model, x = PartialRotary(), torch.randn(2, 5)
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
+    assert small.a.weight.shape == (8, 5)
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish, nn.LogSigmoid, nn.GELU, nn.Mish, nn.Softplus, nn.Hardsigmoid])
+def test_activations_pass(activation: type[nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), activation(), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)
+    assert [g.size for g in pw.channel_groups(model, x) if g.prunable] == [8]
+
+
+def test_gather_along_tokens_lets_channels_pass() -> None:
+    class Gathers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y.gather(1, torch.zeros_like(y[:, :2], dtype=torch.int64)))
+
+    model, x = Gathers(), torch.randn(2, 6, 5)
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.6)), x)
+    assert small.a.weight.shape[0] < 16
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="a newer operation")
+def test_experts_in_one_grouped_product() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(2, 16, 24)), nn.Parameter(torch.randn(2, 24, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([3, 8], dtype=torch.int32)
+            hidden = torch._grouped_mm(x, self.up, offs=ends).relu()
+            return torch._grouped_mm(hidden, self.down, offs=ends)
+
+    model, x = Experts(), torch.randn(8, 16)
+    assert pw.measure(model, x).macs == 2 * 8 * 16 * 24
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
+    assert small.up.shape == (2, 16, 12)
+    assert small.down.shape == (2, 12, 16)

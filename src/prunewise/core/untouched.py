@@ -105,10 +105,11 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def nothing_fused() -> Iterator[None]:
     """Fused paths of nn.MultiheadAttention and nn.LSTM are one opaque operation each: switched off while tracing."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    before, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # the public context manager warns of Intel GPUs
     try:
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
+        yield
     finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(before)

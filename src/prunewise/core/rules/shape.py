@@ -95,7 +95,8 @@ def _take(flow: Flow, op: Op, layout: Layout, dim: int, pick: Any, shape: tuple[
             index: list[Any] = [slice(None)] * labels.ndim
             index[block.dims.index(dim)] = pick
             labels = labels[tuple(index)]
-        blocks.append(Block(block.dims, labels))
+        if labels.size:
+            blocks.append(Block(block.dims, labels))
     return _without_single(flow, op, Layout(shape, tuple(blocks)))
 
 
