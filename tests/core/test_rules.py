@@ -282,3 +282,21 @@ def test_experts_in_one_grouped_product() -> None:
     small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
     assert small.up.shape == (2, 16, 12)
     assert small.down.shape == (2, 12, 16)
+
+
+def test_a_vector_along_the_head_size_leaves_whole_heads() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+            self.scale, self.out = nn.Parameter(torch.rand(4)), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = (q * self.scale @ k.transpose(-1, -2)).softmax(-1) @ v
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model, x = Scaled(), torch.randn(2, 5, 12)
+    assert [(g.name, g.size) for g in pw.channel_groups(model, x) if g.prunable] == [("q", 3)]
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.8)), x)
+    assert type(small) is Scaled

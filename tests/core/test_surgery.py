@@ -301,3 +301,29 @@ def test_migration_with_the_wrong_plan_is_refused(net: Net, plan: ChannelPlan) -
     with pytest.raises(pw.PlanError, match="does not come from this model"):
         pw.migrate_optimizer(optimizer, net, small, other, X)
     assert any(p is net.a.weight for p in optimizer.param_groups[0]["params"])
+
+
+def test_an_attribute_that_is_a_width_here_and_another_one_there() -> None:
+    class Product(nn.Module):
+        """As in GPT-2: the number of outputs is an attribute, and of one value for widths that stay and that go."""
+
+        def __init__(self, n_in: int, n_out: int) -> None:
+            super().__init__()
+            self.n_out = n_out
+            self.weight, self.bias = nn.Parameter(torch.randn(n_in, n_out)), nn.Parameter(torch.randn(n_out))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.n_out)
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Product(6, 8), Product(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu())
+
+    model, x = Mlp(), torch.randn(2, 3, 6)
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
+    assert type(small) is Mlp
+    assert (small.up.n_out, small.down.n_out) == (4, 8)
