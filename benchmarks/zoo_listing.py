@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,10 @@ LISTING = Path(__file__).with_name("zoo_listing.json")
 SEED = 0
 SIZES = (64, 96, 128, 192, 224, 256)
 LARGEST = 150_000_000  # parameters of a second model: float64 copies of it must fit beside each other
+# Names that say that a model is not the smallest of its module: not counted where there are others.
+LARGE = re.compile(
+    r"base|large|huge|giant|medium|so\d+m|x+l|_b[1-9]|_[lmbhg](?![a-z0-9])|(?<!0)50|101|152|200|269|\d\dd"
+)
 
 
 def define_torchvision_operators() -> None:
@@ -102,11 +107,19 @@ def counted(names: Sequence[str], make: Callable[[str], nn.Module]) -> dict[str,
     return found
 
 
-def two(params: dict[str, int], rng: random.Random) -> list[str]:
-    """The smallest model and a random other one."""
+def two(names: Sequence[str], make: Callable[[str], nn.Module], rng: random.Random) -> dict[str, int]:
+    """The smallest model and a random other one, with their parameters."""
+    modest = [name for name in names if not LARGE.search(name)]
+    params = counted(modest or names, make)
     smallest = min(params, key=lambda name: (params[name], name))
-    rest = sorted(n for n, count in params.items() if n != smallest and count <= LARGEST)
-    return [smallest, *([rng.choice(rest)] if rest else [])]
+    chosen = {smallest: params[smallest]}
+    rest = sorted(set(names) - {smallest})
+    rng.shuffle(rest)
+    for name in rest:
+        count = params.get(name) or counted([name], make)[name]
+        if count <= LARGEST:
+            return {**chosen, name: count}
+    return chosen
 
 
 def timm_listing(listing: Listing) -> Iterator[None]:
@@ -116,12 +129,11 @@ def timm_listing(listing: Listing) -> Iterator[None]:
         if module in listing:
             continue
         rng = random.Random(f"{SEED} {module}")
-        params = counted(timm.list_models(module=module), timm_model)
         rows = []
-        for name in two(params, rng) if params else []:
+        for name, params in two(timm.list_models(module=module), timm_model, rng).items():
             default = (timm.models.get_pretrained_cfg(name).input_size or (3, 224, 224))[-1]
             size = smallest_image(lambda s, name=name: timm_model(name, s), default)  # type: ignore[misc]
-            rows.append({"name": name, "params": params[name], "size": size})
+            rows.append({"name": name, "params": params, "size": size})
         listing[module] = rows
         yield
 
@@ -138,13 +150,12 @@ def torchvision_listing(listing: Listing) -> Iterator[None]:
         if module in listing:
             continue
         rng = random.Random(f"{SEED} {module}")
-        params = counted(names, torchvision_model)
         rows = []
-        for name in two(params, rng):
+        for name, params in two(names, torchvision_model, rng).items():
             size = 0
             if "." not in module or module.startswith("segmentation"):
                 size = smallest_image(lambda s, name=name: torchvision_model(name, s), 224)  # type: ignore[misc]
-            rows.append({"name": name, "params": params[name], "size": size})
+            rows.append({"name": name, "params": params, "size": size})
         listing[module] = rows
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ def write_table(found: Sequence[Record]) -> None:
     parts = ["# The zoo", summary(ours.values())]
     if peer:
         parts += [f"## {PEER}, its documented generic set-up, ratio 0.5", peer_summary(peer.values())]
-    parts += ["## What pins", pins(ours.values())]
+    parts += ["## What is not right, by cause", causes(ours.values()), "## What pins", pins(ours.values())]
     for suite, rows in grouped(ours.values(), lambda r: r["suite"]).items():
         parts += [f"## {suite}", models(rows, peer)]
     if found:
@@ -74,6 +75,20 @@ def peer_summary(found: Iterable[Record]) -> str:
         smaller = [p for p in prunes if p["share"] < 1]
         rows.append([name, len(group), len(prunes), len(smaller), len(group) - len(prunes)])
     return table(["suite", "models", "runs", "runs with its cost down", "fails"], rows)
+
+
+def causes(found: Iterable[Record]) -> str:
+    """Stages that are not right: the error without what belongs to one model, and the place in the code."""
+    models: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for record in found:
+        for stage, facts in record["stages"].items():
+            if not facts["right"]:
+                error = re.sub(r"'[^']*'|\"[^\"]*\"|\b[\d.,]+\b", "…", facts.get("cause", facts.get("error", "wrong")))
+                place = (facts.get("in_prunewise") or facts.get("at") or [""])[0]
+                models[stage, error.replace("|", "\\|")[:160], place].append(record["id"])
+    ranked = sorted(models.items(), key=lambda item: (item[0][1] != "wrong", -len(item[1])))
+    rows = [[len(ids), *key, ", ".join(ids[:4]) + (", …" if len(ids) > 4 else "")] for key, ids in ranked]
+    return table(["models", "stage", "error", "at", "which"], rows) if rows else "Nothing."
 
 
 def pins(found: Iterable[Record]) -> str:
