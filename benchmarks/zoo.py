@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import multiprocessing
 import resource
 import signal
@@ -30,6 +31,8 @@ from bench import circumstances
 from zoo_models import SUITES, Entry, entries
 from zoo_stages import examine
 from zoo_table import write_table
+
+import prunewise as pw
 
 Facts = dict[str, Any]
 OURS = "prunewise"
@@ -107,11 +110,26 @@ def run(chosen: list[Entry], tool: str, path: Path, options: argparse.Namespace)
             seconds = round(time.perf_counter() - child.start, 2)
             record = {
                 "id": entry.id, "suite": entry.suite, "family": entry.family, "kind": entry.kind, "tool": tool,
-                "seconds": seconds, "stages": _plain(child.stages), "limit_s": options.limit_s, **where,
+                "seconds": seconds, "stages": _plain(child.stages), "skip": options.skip, "limit_s": options.limit_s, **where,
             }  # fmt: skip
             records.append(path, record)
             wrong = [f"{k}: {v.get('error', 'wrong')}" for k, v in child.stages.items() if not v["right"]]
             print(f"{entry.id}  {seconds:.0f} s  {'; '.join(wrong)[:300] or 'right'}", flush=True)
+
+
+def warm_up() -> None:
+    """Load in the parent what every child needs: imports, and what torch's tracing loads when it is first used."""
+    for name in ("timm", "torchvision", "transformers.modeling_utils", "prunewise.recipes"):
+        importlib.import_module(name)
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    model, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), torch.zeros(2, 2)
+    pw.channel_groups(model, x)
+    torch.export.export(model, (x,), strict=False)
+
+
+def _covers(skipped: str, skip: str) -> bool:
+    """Whether a record that left out some stages holds all that are wanted now."""
+    return set(filter(None, skipped.split(","))) <= set(skip.split(","))
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +160,7 @@ def main() -> None:
     if options.table:
         return write_table(records.read([path]))
     tool = options.peer or OURS
-    last = {r["id"]: r for r in records.read([path]) if r["tool"] == tool}
+    last = {r["id"]: r for r in records.read([path]) if r["tool"] == tool and _covers(r["skip"], options.skip)}
     suites = options.suite.split(",") if options.suite else SUITES
     chosen = [
         e
@@ -153,8 +171,7 @@ def main() -> None:
         or (options.redo_wrong and not all(s["right"] for s in last[e.id]["stages"].values()))
     ]
     chosen.sort(key=lambda e: (e.kind == "second", suites.index(e.suite)))
-    for name in ("timm", "torchvision", "transformers", "prunewise.recipes"):
-        __import__(name)
+    warm_up()
     run(chosen, tool, path, options)
 
 
