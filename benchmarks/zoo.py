@@ -121,6 +121,7 @@ def warm_up() -> None:
     """Load in the parent what every child needs: imports, and what torch's tracing loads when it is first used."""
     for name in ("timm", "torchvision", "transformers.modeling_utils", "prunewise.recipes"):
         importlib.import_module(name)
+    importlib.import_module("transformers").logging.set_verbosity_error()
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     model, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), torch.zeros(2, 2)
     pw.channel_groups(model, x)
