@@ -26,7 +26,7 @@ LISTING = Path(__file__).with_name("zoo_listing.json")
 SEED = 0
 SIZES = (64, 96, 128, 192, 224, 256)
 LARGEST = 150_000_000  # parameters of a second model: float64 copies of it must fit beside each other
-# Names that say that a model is not the smallest of its module: not counted where there are others.
+# Names that say that a model is not the smallest of its module: not counted where there are many others.
 LARGE = re.compile(
     r"base|large|huge|giant|medium|so\d+m|x+l|_b[1-9]|_[lmbhg](?![a-z0-9])|(?<!0)50|101|152|200|269|\d\dd"
 )
@@ -109,7 +109,7 @@ def counted(names: Sequence[str], make: Callable[[str], nn.Module]) -> dict[str,
 
 def two(names: Sequence[str], make: Callable[[str], nn.Module], rng: random.Random) -> dict[str, int]:
     """The smallest model and a random other one, with their parameters."""
-    modest = [name for name in names if not LARGE.search(name)]
+    modest = [name for name in names if not LARGE.search(name)] if len(names) > 10 else []
     params = counted(modest or names, make)
     smallest = min(params, key=lambda name: (params[name], name))
     chosen = {smallest: params[smallest]}
