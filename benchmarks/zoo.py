@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ def _work(entry: Entry, work: Callable[..., None], options: argparse.Namespace, 
     # Processor time, which a busy machine does not stretch.
     resource.setrlimit(resource.RLIMIT_CPU, (options.limit_s, options.limit_s + 5))
     torch.set_num_threads(1)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         work(entry, options, lambda stage, facts: end.send((stage, facts)))
     end.close()
 

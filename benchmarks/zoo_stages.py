@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import io
 import random
 import re
@@ -144,8 +143,7 @@ class Examination:
 
     def save(self) -> Facts:
         self.small.eval()
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as folder:
             pw.save_pruned(folder, self.small, self.plan)
             loaded = pw.load_pruned(folder, self.entry.build)
         # Weights that modules keep as plain attributes are not part of any checkpoint: judge by the outputs.
@@ -155,13 +153,10 @@ class Examination:
     def export(self) -> Facts:
         args, kwargs = as_call(self.inputs)
         self.small.eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(self.small, args, kwargs, strict=False)
-            buffer = io.BytesIO()
-            torch.export.save(program, buffer)
-            buffer.seek(0)
-            loaded = torch.export.load(buffer).module()
+        buffer = io.BytesIO()
+        torch.export.save(torch.export.export(self.small, args, kwargs, strict=False), buffer)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
         with torch.no_grad():
             got = flat_tensors(loaded(*args, **kwargs))
         worst = difference(outputs(self.small, self.inputs), [t.clone() for t in got])
@@ -174,9 +169,7 @@ class Examination:
         if floor > full / 2:
             return {"floor": floor / full}
         plan = pw.plan_channels(self.model, self.inputs, budget=pw.Budget(macs=0.5), importance="magnitude")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            small = pw.apply_plan(self.model, plan, self.inputs)
+        small = pw.apply_plan(self.model, plan, self.inputs)
         share = counted_macs(small, self.inputs) / full
         return {"floor": floor / full, "share": share, "right": abs(share - 0.5) <= 0.02}
 
@@ -342,7 +335,3 @@ def first_line(error: BaseException) -> str:
 def peak_mib() -> float:
     """Peak resident memory of this process so far, what it was born with included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def has_onnx() -> bool:
-    return importlib.util.find_spec("onnxscript") is not None
