@@ -47,7 +47,7 @@ class Examination:
         self.inputs = self.entry.inputs()
         params = list(self.model.parameters())
         with torch.random.fork_rng():
-            outputs(self.model.eval(), self.inputs)
+            self.plain = outputs(self.model.eval(), self.inputs)
         return {"params": sum(p.numel() for p in params), "mib": sum(p.nbytes for p in params) / 2**20}
 
     def trace(self) -> Facts:
@@ -77,7 +77,10 @@ class Examination:
         plan = make_plan(fingerprint(self.entry.build()), costs, self.keep, {"seed": str(self.seed)}, self.inputs)
         self.session.set_plan(plan)
         self.want[False] = outputs(self.model, self.inputs)
-        facts: Facts = {"cut": len(plan.keep), "macs_after": plan.cost_after["macs"] / plan.cost_before["macs"]}
+        facts: Facts = {
+            "cut": len(plan.keep), "macs_after": plan.cost_after["macs"] / plan.cost_before["macs"],
+            "effect": difference(self.plain, self.want[False]),
+        }  # fmt: skip
         try:
             # Random draws (dropout) differ with the number of channels: compare only where there are none.
             first, second = (outputs(self.model, self.inputs, training=True, seed=s) for s in (0, 1))

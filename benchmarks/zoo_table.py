@@ -125,14 +125,16 @@ def models(found: Iterable[Record], peer: dict[str, Record]) -> str:
             _share(trace.get("params_share")), _share(trace.get("macs_share")), _share(trace.get("macs_floor")),
             _said(trace.get("seconds_analysis"), lambda s: f"{s:.1f}"),
             {True: "own", False: "graph", None: ""}[finish.get("class_kept")],
+            _said(stages.get("gates", {}).get("effect"), lambda e: f"{e:.2g}"),
             _said(stages.get("equal", {}).get("float32"), str),
+            _said(stages.get("gates", {}).get("effect"), lambda e: f"{e:.2g}"),
             _said(oneshot.get("share"), lambda s: f"{s:.3f}"),
             f"{record['seconds']:.0f}",
             _said(max((s.get("peak_mib", 0) for s in stages.values()), default=None), lambda m: f"{m:.0f}"),
             "; ".join(wrong).replace("|", "\\|")[:200] or "right",
             *([_peer(peer.get(record["id"]))] if peer else []),
         ])  # fmt: skip
-    head = ["model", "parameters, M", "parameters prunable", "MACs prunable", "floor of MACs", "analysis, s", "class", "difference",
+    head = ["model", "parameters, M", "parameters prunable", "MACs prunable", "floor of MACs", "analysis, s", "class", "gates change", "difference",
             "half", "all, s", "peak, MiB", "stages", *([PEER] if peer else [])]  # fmt: skip
     return table(head, rows)
 
