@@ -134,8 +134,10 @@ def models(found: Iterable[Record], peer: dict[str, Record]) -> str:
             "; ".join(wrong).replace("|", "\\|")[:200] or "right",
             *([_peer(peer.get(record["id"]))] if peer else []),
         ])  # fmt: skip
-    head = ["model", "parameters, M", "parameters prunable", "MACs prunable", "floor of MACs", "analysis, s", "class", "gates change", "difference",
-            "half", "all, s", "peak, MiB", "stages", *([PEER] if peer else [])]  # fmt: skip
+    head = [
+        "model", "parameters, M", "parameters prunable", "MACs prunable", "floor of MACs", "analysis, s", "class",
+        "gates change", "difference", "half", "all, s", "peak, MiB", "stages", *([PEER] if peer else []),
+    ]  # fmt: skip
     return table(head, rows)
 
 
