@@ -276,6 +276,7 @@ def shares(model: nn.Module, surgeon: Surgeon) -> Facts:
     prunable = sum(sizes[name] for name in sizes if name in touched)
     fixed_macs = sum(row.macs for row in full.by_layer() if lowest[row.name] == row.macs)
     return {
+        "macs": full.macs,
         "groups": len(groups),
         "prunable_groups": sum(g.prunable for g in groups),
         "params_share": prunable / total if total else 0.0,

@@ -58,7 +58,7 @@ def summary(found: Iterable[Record]) -> str:
         kept = [r for r in group if r["stages"].get("finish", {}).get("class_kept")]
         return [
             name, len(group), len(traced), sum(right(r, "equal") for r in group), sum(map(mismatch, group)), len(kept),
-            len(half), len(low), len(wide), sum(map(right, group)),
+            len(half), len(low), len(wide), sum(right(r) and not r["skip"] for r in group),
         ]  # fmt: skip
 
     found = list(found)
@@ -97,12 +97,11 @@ def pins(found: Iterable[Record]) -> str:
     for record in found:
         trace = record["stages"].get("trace", {})
         build = record["stages"].get("build", {})
-        macs = record["stages"].get("measure", {}).get("macs", 0)
         for cause, pin in trace.get("pins", {}).items():
             held[cause]["models"] += 1
             held[cause]["groups"] += pin["groups"]
             held[cause]["params"] += pin["params"] / max(build["params"], 1)
-            held[cause]["macs"] += pin["macs"] / max(macs, 1)
+            held[cause]["macs"] += pin["macs"] / max(trace["macs"], 1)
     ranked = sorted(held.items(), key=lambda item: -item[1]["macs"])
     rows = [
         [f"`{cause}`", int(h["models"]), int(h["groups"]), f"{h['params']:.2f}", f"{h['macs']:.2f}"]
