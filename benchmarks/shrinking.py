@@ -26,12 +26,17 @@ import prunewise as pw
 class Training:
     """One training run, a step at a time, on the batches it is given; `seconds` of every step."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, steps: int, budget: float | None, every: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, x: torch.Tensor, steps: int, budget: float | None, every: int | None,
+        include: str | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.every = every
         self.gates = None
         if budget is not None:
-            self.gates = pw.attach_gates(model, x, budget=pw.Budget(macs=budget), total_steps=steps, shrink_every=every)
+            self.gates = pw.attach_gates(
+                model, x, budget=pw.Budget(macs=budget), total_steps=steps, shrink_every=every, include=include
+            )
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         self.seconds: list[float] = []
 
@@ -58,6 +63,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the whole training (%(default)s)")
     parser.add_argument("--every", type=int, help="shrink_every (a tenth of the steps)")
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument(
+        "--include", default="layer*.conv1",
+        help="groups (%(default)s: inside the blocks; the padding of option A shortcuts has its streams' widths in the "
+        "code, so that a model of the same class cannot lose any of their channels)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--threads", type=int, default=1, help="1 (default): processor time, which other jobs do not stretch"
@@ -73,8 +83,8 @@ def main() -> None:
     every = args.every or max(1, args.steps // 10)
     runs = {
         "plain": Training(plain, x, args.steps, None, None),
-        "gates": Training(copy.deepcopy(plain), x, args.steps, args.budget, None),
-        "gates, shrinking": Training(copy.deepcopy(plain), x, args.steps, args.budget, every),
+        "gates": Training(copy.deepcopy(plain), x, args.steps, args.budget, None, args.include),
+        "gates, shrinking": Training(copy.deepcopy(plain), x, args.steps, args.budget, every, args.include),
     }
     names = list(runs)
     for number in range(args.steps):  # a step of each in turn, so that what else the machine does hits all alike
