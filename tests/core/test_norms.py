@@ -247,6 +247,42 @@ def test_looking_for_norms_leaves_the_model_alone() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("first", ["stream", "input"])
+def test_a_norm_that_also_normalises_what_must_stay(first: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6, elementwise_affine=False)
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if first == "stream":
+                return self.b(self.norm(self.a(x))) + self.c(self.norm(x))
+            return self.c(self.norm(x)) + self.b(self.norm(self.a(x)))
+
+    groups = {g.name: g for g in pw.channel_groups(Twice(), torch.zeros(2, 6))}
+    assert not groups["a"].prunable
+    assert "in norm" in groups["a"].reason
+
+
+def test_a_norm_on_inputs_of_several_ranks() -> None:
+    class Ranks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(6, D), nn.LayerNorm(D), nn.Linear(D, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(self.norm(h) + self.norm(h.mean(1)).unsqueeze(1))
+
+    model, x = Ranks().double(), torch.randn(2, 5, 6).double()
+    gates = pw.attach_gates(model, x, budget=pw.Budget(macs=0.8), total_steps=5)
+    gates.control.keep = half(gates)
+    gates._show(gates.control.keep)
+    gated = model(x)
+    torch.testing.assert_close(gates.finish()(x), gated, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:the small|the rebuilt")
 def test_a_graph_module_has_the_norms_of_what_is_left() -> None:
     class Baked(Tokens):

@@ -51,6 +51,7 @@ class Flow:
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
     norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
+    _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
     _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of
     _starts: list[int] = field(default_factory=list)
     _dims: list[tuple[str, int]] = field(default_factory=list)
@@ -112,16 +113,19 @@ class Flow:
 
     def enter_norm(self, norm: Norm, op: Op) -> None:
         """From here on, the operations of `norm` may average over its channels: closed ones are left out there."""
-        layout, labels = self.alone(self.of(Ref(norm.input)), norm.channel, op)
+        layout = self.of(Ref(norm.input))
+        layout, labels = self.alone(layout, norm.channel % len(layout.shape), op)
         self.layouts[norm.input] = layout
-        if labels is None:
-            return
-        for other, theirs in self.norms:
-            if other.path == norm.path:
-                self.store.unite(theirs, labels)  # a module called twice: one set of hooks
-                break
-        else:
+        known = next(((other, theirs) for other, theirs in self.norms if other.path == norm.path), None)
+        if known is None and norm.path not in self._fixed_norms and labels is not None:
             self.norms.append((norm, labels))
+        elif known is not None and labels is not None and known[0].like(norm) and len(labels) == len(known[1]):
+            self.store.unite(known[1], labels)  # a module called twice is hooked once
+        else:  # what is left out in one call would be left out in all of them
+            self._fixed_norms.add(norm.path)
+            if known is not None:
+                self.store.pin(known[1], f"also normalised by another call: {self.reason(op)}")
+            return
         self._norm_ops.update(dict.fromkeys(norm.ops, labels))
 
     def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:

@@ -41,7 +41,7 @@ class Norm:
     Attributes:
         path: of the module.
         dims: of the input, which are averaged; `channel` is among them.
-        channel: the dimension of the channels.
+        channel: the dimension of the channels; -1 for the last, whatever the rank.
         centred: True where the mean is subtracted (LayerNorm), False where not (RMSNorm).
         input: the input's tensor in the trace.
         ops: the operations of this call.
@@ -54,31 +54,36 @@ class Norm:
     input: int
     ops: range
 
+    def like(self, other: Norm) -> bool:
+        """True where both normalise in the same way."""
+        return (self.dims, self.centred) == (other.dims, other.centred)
+
 
 def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     """Every call of a module that does nothing but normalise over channels; found by what it does, not by its name."""
     modules = dict(model.named_modules())
     found: list[Norm] = []
+    others: set[str] = set()  # modules of which some call is no such norm
     known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], bool] | None] = {}
     for path, run in groupby(trace.ops, key=lambda op: op.module):
         ops = list(run)
         module = modules.get(path)
-        if module is None or next(module.children(), None) is not None or not any(map(_averages, ops)):
-            continue
-        source = _only_input(ops, trace)
-        if source is None:
+        source = _only_input(ops, trace) if any(map(_averages, ops)) else None
+        if module is None or source is None or next(module.children(), None) is not None:
+            others.add(path)
             continue
         shape = trace.tensors[source].shape
-        if all(trace.tensors[o].shape != shape for o in ops[-1].outputs):
-            continue
         key = (path, shape)
         if key not in known:
-            known[key] = _behaviour(module, shape)
+            same = any(trace.tensors[o].shape == shape for o in ops[-1].outputs)
+            known[key] = _behaviour(module, shape) if same else None
         behaviour = known[key]
-        if behaviour is not None:
-            dims, centred = behaviour
-            found.append(Norm(path, dims, dims[0], centred, source, range(ops[0].index, ops[-1].index + 1)))
-    return found
+        if behaviour is None:
+            others.add(path)
+            continue
+        dims, centred = behaviour
+        found.append(Norm(path, dims, dims[0], centred, source, range(ops[0].index, ops[-1].index + 1)))
+    return [norm for norm in found if norm.path not in others]
 
 
 def _averages(op: Op) -> bool:
@@ -103,11 +108,13 @@ def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
 def _behaviour(module: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool] | None:
     """(averaged dimensions, the channels' first; whether it centres), or None where the module is no such norm."""
     rank = len(shape)
-    candidates = dict.fromkeys([(rank - 1,), (1,), tuple(range(1, rank))]) if rank > 1 else {}
+    candidates: list[tuple[int, ...]] = [(-1,)] if rank else []
+    if rank > 2:
+        candidates += [(1,), tuple(range(1, rank))]
     for dims in candidates:
         if shape[dims[0]] < 2:
             continue
-        small = [n if d == dims[0] else min(n, 3) for d, n in enumerate(shape)]
+        small = [n if d == dims[0] % rank else min(n, 3) for d, n in enumerate(shape)]
         try:
             probe = _probe(module)
             for centred in (True, False):
@@ -135,7 +142,7 @@ def _probe(module: nn.Module) -> nn.Module:
 def _normalises(module: nn.Module, shape: list[int], dims: tuple[int, ...], centred: bool) -> bool:
     """True where module(x) - module(0) is w · (x - m) · r, with w of the channel alone and r the same along `dims`."""
     draw = torch.Generator().manual_seed(1)
-    others = [d for d in range(len(shape)) if d != dims[0]]
+    others = [d for d in range(len(shape)) if d != dims[0] % len(shape)]
     base = torch.randn(shape, generator=draw, dtype=torch.float64) + 0.5
     bias = module.forward(torch.zeros(shape, dtype=torch.float64))
     weight = None
@@ -193,12 +200,13 @@ class MaskedNorm:
         mask = self._along(output)
         opened = mask.sum().clamp(min=1)
         shrink = (opened / mask.numel()).sqrt().to(output.dtype)
-        shape = [n if d in (self.norm.channel, output.dim() - 1) else 1 for d, n in enumerate(output.shape)]
+        last = output.dim() - 1
+        shape = [n if d in (self.norm.channel % output.dim(), last) else 1 for d, n in enumerate(output.shape)]
         bias: Tensor = module.forward(output.new_zeros(shape))
         return bias + (output - bias) * shrink
 
     def _along(self, x: Tensor) -> Tensor:
-        shape = [-1 if d == self.norm.channel else 1 for d in range(x.dim())]
+        shape = [-1 if d == self.norm.channel % x.dim() else 1 for d in range(x.dim())]
         return self.mask(x).to(x.dtype).view(shape)
 
     def put_on(self, module: nn.Module) -> None:
