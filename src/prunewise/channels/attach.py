@@ -38,8 +38,10 @@ def attach_gates(
     """Put trainable gates on every removable channel of `model`.
 
     The gates multiply the weights that read the channels, so the gated model equals the pruned one at any
-    time, and costs next to nothing more to train. The model is changed in place: its weights are parametrised
-    (`torch.nn.utils.parametrize`) until `finish()` or `detach()`.
+    time, and costs next to nothing more to train. Where a norm averages over channels (LayerNorm on a residual
+    stream), hooks on it leave closed ones out of the average, at the price of some element-wise operations; `exclude=`
+    the stream's group where that is too much. The model is changed in place: its weights are parametrised
+    (`torch.nn.utils.parametrize`) and its norms hooked until `finish()` or `detach()`.
 
     Args:
         model: the network, on the device where it trains.
