@@ -125,7 +125,7 @@ class Examination:
         model, small = (copy.deepcopy(m).double() for m in (self.model, self.small))
         worst = 0.0
         for training in self.want:
-            with masked(model, self.surgeon.grouping.groups, self.keep):
+            with masked(model, self.surgeon.grouping, self.keep):
                 want = outputs(model, inputs, training=training)
             worst = max(worst, difference(want, outputs(small, inputs, training=training)))
         return worst

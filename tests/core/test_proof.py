@@ -71,3 +71,13 @@ def test_a_small_mistake_is_found(dtype: torch.dtype) -> None:
     with pytest.raises(VerificationError, match=r"eval mode\) differs"):
         check_equal(model, small, surgeon.grouping, KEEP, x)
     assert all(p.dtype == dtype and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_kernel_that_takes_no_such_width_is_named_with_the_remedy() -> None:
+    class Picky(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("strides should be a multiple of 16 bytes")
+
+    model, x = Net(), torch.randn(4, 64)
+    with pytest.raises(VerificationError, match="multiple of 16 bytes.*round_to="):
+        check_equal(model, Picky(), Surgeon.of(model, x).grouping, KEEP, x)

@@ -74,7 +74,13 @@ def _difference(
     what = f"the small model ({'train' if training else 'eval'} mode)"
     with masked(model, grouping, keep):
         want = outputs(model, example_inputs, training)
-    got = outputs(small, example_inputs, training)
+    try:
+        got = outputs(small, example_inputs, training)
+    except Exception as error:  # a kernel that does not take every width, say
+        raise VerificationError(
+            f"{what} does not run: {type(error).__name__}: {error}. Where a kernel asks for widths that are multiples of a "
+            "number, give that as round_to="
+        ) from error
     try:
         return compare(want, got, what, at_most=_PLAIN)
     except VerificationError:
