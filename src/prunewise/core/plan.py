@@ -131,10 +131,10 @@ def _check_kept(name: str, kept: Sequence[Any], size: int) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names and shapes of all parameters and buffers (values do not count)."""
+    """Hash of the names of all parameters and buffers, and of the parameters' shapes (some forwards replace buffers)."""
     digest = hashlib.sha256()
-    rows = [(n, p.shape) for n, p in model.named_parameters(remove_duplicate=False)]
-    rows += [(n, b.shape) for n, b in model.named_buffers(remove_duplicate=False)]
+    rows = [(n, tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)]
+    rows += [(n, ()) for n, _ in model.named_buffers(remove_duplicate=False)]
     for name, shape in sorted(rows, key=lambda r: r[0]):
-        digest.update(f"{name}:{tuple(shape)};".encode())
+        digest.update(f"{name}:{shape};".encode())
     return digest.hexdigest()[:16]
