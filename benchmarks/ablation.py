@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from bench import table, write
@@ -158,13 +157,7 @@ def _diminishing(power: float, batches: list[Any]) -> Callable[..., dict[str, An
 
     def scored(model: nn.Module, groups: Any) -> dict[str, Any]:
         masses, ranks = importance.taylor(model, groups, data=batches), importance.magnitude(model, groups)
-        result = {}
-        for group in groups:
-            values = np.empty(group.size)
-            growth = (group.size / np.arange(group.size, 0, -1)) ** power
-            values[np.argsort(ranks[group.name], kind="stable")] = np.sort(masses[group.name]) * growth
-            result[group.name] = values
-        return result
+        return {g.name: importance.in_order_of(masses[g.name], ranks[g.name], g.size, power) for g in groups}
 
     return scored
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,7 +26,7 @@ def circumstances(seed: int) -> dict[str, Any]:
 
     info = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_elsewhere, sys.argv[1:])]),
+        "command": records.command(),
         "seed": seed,
         "versions": {
             "python": platform.python_version(),
@@ -50,11 +51,6 @@ def circumstances(seed: int) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         pass
     return info
-
-
-def _elsewhere(argument: str) -> str:
-    """An argument as another machine may show it: of a path, its name alone."""
-    return f"DIR/{Path(argument).name}" if os.sep in argument and Path(argument).exists() else argument
 
 
 def _cpu() -> str:

@@ -29,7 +29,6 @@ from training import Settings, Trainer, accuracy, load, save
 import prunewise as pw
 
 MODELS = ("resnet20", "resnet56")
-FOLDERS = ("--data", "--weights", "--out", "--results", "--work")
 STOPPED = 75  # exit status where the time limit came first: the same command goes on
 FAILED = 1
 
@@ -286,7 +285,6 @@ def run(
         "compile": args.compile_mode if args.compile else None,
         "resumed": saved is not None,
         **circumstances(settings["seed"]),
-        "command": records.command(FOLDERS),
     }
     if method.needs_torch_pruning:
         record["versions"]["torch-pruning"] = version("torch-pruning")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+_PATHS = ("--data", "--weights", "--out", "--results", "--work")  # options that name places on this machine
 
 
 def append(path: Path, record: Record) -> None:
@@ -40,18 +41,17 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
-def command(folders: Iterable[str]) -> str:
-    """The command line of this process, with the values of the options `folders` replaced by their names."""
+def command() -> str:
+    """The command line of this process, with files and folders of this machine replaced by the options' names."""
     words = [f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}"]
-    hide = set(folders)
     replace = ""
     for word in sys.argv[1:]:
         option, equals, _ = word.partition("=")
         if replace:
             word, replace = replace, ""
-        elif option in hide and equals:
+        elif option in _PATHS and equals:
             word = f"{option}={option.lstrip('-').upper()}"
-        elif option in hide:
+        elif option in _PATHS:
             replace = option.lstrip("-").upper()
         words.append(word)
     return " ".join(words)

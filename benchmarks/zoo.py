@@ -100,7 +100,7 @@ def run(chosen: list[Entry], tool: str, path: Path, options: argparse.Namespace)
         from zoo_peers import PEERS
 
         work = PEERS[tool]
-    where = {**circumstances(options.seed), "command": records.command(["--out"])}
+    where = circumstances(options.seed)
     waiting, children = chosen[::-1], []  # type: ignore[var-annotated]
     while waiting or children:
         while waiting and len(children) < options.jobs:

@@ -6,7 +6,6 @@ import copy
 import gc
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,14 +30,7 @@ DROPPABLE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
-    torch.set_num_threads(1)
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.mha.set_fastpath_enabled(fast)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def offered(surgeon: Surgeon) -> list[Branch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,14 +28,7 @@ REFUSED: dict[str, str] = {
 BROKEN: dict[str, str] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
-    torch.set_num_threads(1)
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.mha.set_fastpath_enabled(fast)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:

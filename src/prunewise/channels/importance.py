@@ -19,6 +19,7 @@ from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 from prunewise.core.trace import as_call
+from prunewise.core.untouched import evaluating
 
 Scores = npt.NDArray[np.float64]
 Importance = Callable[[nn.Module, Sequence[ChannelGroup]], Mapping[str, Scores]]
@@ -137,17 +138,14 @@ def taylor(
 def _differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """While active, `model` is in eval mode and gradients reach `parameters`, frozen ones too."""
     needed = [p.requires_grad for p in parameters]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
         for p in parameters:
             p.requires_grad_(True)
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p, need in zip(parameters, needed, strict=True):
             p.requires_grad_(need)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _first_order(group: ChannelGroup, found: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
@@ -176,16 +174,16 @@ def by_magnitude(importance: Importance) -> Importance:
     return scored
 
 
-def in_order_of(masses: Scores, ranks: Scores, size: int) -> Scores:
+def in_order_of(masses: Scores, ranks: Scores, size: int, power: float = 0.5) -> Scores:
     """`masses` handed to units in the order of `ranks`, with diminishing returns.
 
-    The highest mass goes to the unit of the highest rank. The k-th highest counts √(size / k) times, `size` being
+    The highest mass goes to the unit of the highest rank. The k-th highest counts (size / k)^power times, `size` being
     the units that the group had at first: a mass says what the loss loses with one unit while all others are there,
     and the fewer there are, the more each of them is worth. Without that, small budgets close whole layers but for a
     unit (measured in benchmarks/results/ablation.md, as is the power of 1/2).
     """
     result = np.empty(len(masses))
-    growth = np.sqrt(size / np.arange(len(masses), 0, -1))
+    growth = (size / np.arange(len(masses), 0, -1)) ** power
     result[np.argsort(ranks, kind="stable")] = np.sort(masses) * growth
     return result
 

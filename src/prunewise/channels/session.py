@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from prunewise.core.cost import Cost
 from prunewise.core.errors import PlanError, PrunewiseError, VerificationError
 from prunewise.core.groups import ChannelGroup
 from prunewise.core.optimizer import move_optimizer
-from prunewise.core.plan import ChannelPlan, fingerprint
+from prunewise.core.plan import ChannelPlan, check_kept, fingerprint
 from prunewise.core.proof import compare, outputs
 from prunewise.core.sites import masked
 from prunewise.core.slices import state_slices
@@ -54,9 +54,8 @@ class GateSession:
         self._original = self._whole  # the units of the original that are left, by group
         self._shrink_every = shrink_every
         self._device = device  # where latency counts; None: where the model is
-        self._weights: dict[
-            str, nn.Parameter
-        ] = {}  # by name, as they were before the gates; none: no gates are attached
+        # By name, as they were before the gates; none: no gates are attached.
+        self._weights: dict[str, nn.Parameter] = {}
         control.ranking = self._magnitudes
 
     @property
@@ -124,16 +123,13 @@ class GateSession:
         gradients = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.values]
         if all(g.grad is None for g in self._gates.values):
             raise PrunewiseError(
-                "no gradient reached any gate: call loss.backward() on a loss of the gated model before "
-                "gates.step(), and do not "
-                "clear the gates' gradients in between"
+                "no gradient reached any gate: call loss.backward() on a loss of the gated model before gates.step(), and "
+                "do not clear the gates' gradients in between"
             )
         blocks = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates.blocks]
         if isinstance(grad_scale, Tensor) or grad_scale != 1:
             gradients, blocks = [g / grad_scale for g in gradients], [g / grad_scale for g in blocks]
         self.control.observe(gradients, blocks)
-        for value in self.parameters():
-            value.grad = None
 
     def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
         """Remove closed channels for good, in place; the gates, the optimizer's state and the plan follow.
@@ -238,7 +234,7 @@ class GateSession:
                     f"the plan is for a group {name!r} of {size} units, which has no gates here: attach them with the "
                     "include= and exclude= that the plan was made with"
                 )
-            _check_units(name, kept, len(self._whole[name]))
+            check_kept(name, kept, len(self._whole[name]))
         check_keep(plan.keep, self.control.limits.branches)
         self.control.keep = {name: tuple(plan.keep.get(name, units)) for name, units in self._whole.items()}
         self._show(self.control.keep)
@@ -326,7 +322,7 @@ class GateSession:
         if set(units) != set(self._whole) or set(state.get("keep", ())) != left:
             raise PlanError("the saved gates are of another model, or of other include/exclude choices")
         for name, kept in units.items():
-            _check_units(name, kept, len(self._whole[name]))
+            check_kept(name, kept, len(self._whole[name]))
         if shrunk and self._original != self._whole:
             raise PlanError(
                 "this session has shrunk its model already: load the state into a new one, on the original model"
@@ -412,17 +408,14 @@ class GateSession:
         self._set_values()
         for value in self.parameters():  # gates at rest need no gradient, and no optimizer moves what has none
             value.requires_grad_(not self.control.frozen)
-            value.grad = None
 
     def _set_values(self) -> None:
+        """What the gates show is put back, and their gradients, which were read, are gone."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.parameters()), self._shown)
+        for value in self.parameters():
+            value.grad = None
 
     def _require_attached(self) -> None:
         if not self.attached:
             raise PrunewiseError("this session has ended: its gates were taken off by finish() or detach()")
-
-
-def _check_units(name: str, kept: Sequence[int], size: int) -> None:
-    if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(size)):
-        raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")

@@ -109,6 +109,11 @@ def _filled(nest: Any, carried: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     return type(nest)(_filled(v, carried, args, kwargs) for v in nest)
 
 
+def drops_blocks(keep: Keep) -> bool:
+    """True where a group keeps nothing: residual blocks go as a whole."""
+    return any(not len(kept) for kept in keep.values())
+
+
 def check_keep(keep: Keep, branches: Iterable[Branch]) -> None:
     """Raise `PlanError` where a group keeps nothing and no branch goes with it."""
     empty = {name for name, kept in keep.items() if not len(kept)}

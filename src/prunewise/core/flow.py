@@ -130,15 +130,18 @@ class Flow:
 
     def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:
         """As `fix`, for an average over `dims`; inside of a norm the channels stay removable, and their labels."""
-        rank = len(layout.shape)
+        channels, roots = self._norm_ops.get(op.index), self.store.roots
         for dim in dims:
-            block = layout.block_at(dim % max(rank, 1))
-            free = block is not None and len(block.dims) == 1 and self.averages_pass
-            if block is not None and len(block.dims) == 1 and op.index in self._norm_ops:
-                channels = self.store.roots(self._norm_ops[op.index])
-                free = bool(np.isin(self.store.roots(block.labels), channels).all())
-            if not free:
-                layout = self.fix(layout, [dim], op)
+            block = layout.block_at(dim % max(len(layout.shape), 1))
+            if (
+                block is not None
+                and len(block.dims) == 1
+                and (
+                    self.averages_pass or (channels is not None and np.isin(roots(block.labels), roots(channels)).all())
+                )
+            ):
+                continue
+            layout = self.fix(layout, [dim], op)
         return layout
 
     def only(self, layout: Layout, dim: int, op: Op) -> LabelArray | None:

@@ -68,7 +68,7 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     for path, run in groupby(trace.ops, key=lambda op: op.module):
         ops = list(run)
         module = modules.get(path)
-        source = _only_input(ops, trace) if any(map(_averages, ops)) else None
+        source = _only_input(ops, trace)
         if module is None or source is None or next(module.children(), None) is not None:
             others.add(path)
             continue
@@ -86,18 +86,16 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     return [norm for norm in found if norm.path not in others]
 
 
-def _averages(op: Op) -> bool:
-    return op.name in _AVERAGES
-
-
 def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
-    """The one tensor that these operations take from outside, if they only average, and work element by element."""
+    """The one tensor that these operations take from outside, if they average, and else work element by element."""
+    if not any(op.name in _AVERAGES for op in ops):
+        return None
     made = {o for op in ops for o in op.outputs}
     sources = set()
     for op in ops:
         if op.name in ("var", "var_mean") and (op.args.get("correction", 1) != 0 and op.args.get("unbiased", True)):
             return None  # divides by one less than the number of channels
-        if not _averages(op) and op.name not in _PASSING and torch.Tag.pointwise not in op.func.tags:
+        if op.name not in (*_AVERAGES, *_PASSING) and torch.Tag.pointwise not in op.func.tags:
             return None
         for index in op.inputs:
             if index not in made and trace.tensors[index].kind not in ("param", "buffer"):
@@ -111,12 +109,13 @@ def _behaviour(module: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ..
     candidates: list[tuple[int, ...]] = [(-1,)] if rank else []
     if rank > 2:
         candidates += [(1,), tuple(range(1, rank))]
+    probe: nn.Module | None = None
     for dims in candidates:
         if shape[dims[0]] < 2:
             continue
         small = [n if d == dims[0] % rank else min(n, 3) for d, n in enumerate(shape)]
         try:
-            probe = _probe(module)
+            probe = _probe(module) if probe is None else probe
             for centred in (True, False):
                 if _normalises(probe, small, dims, centred):
                     return dims, centred
@@ -169,8 +168,6 @@ class MaskedNorm:
         mask: gives ones and zeros for the channels, shape (channels,), for the input it is given.
     """
 
-    _prunewise_norm = True
-
     def __init__(self, norm: Norm, mask: Callable[[Tensor], Tensor]) -> None:
         self.norm = norm
         self.mask = mask
@@ -180,9 +177,7 @@ class MaskedNorm:
         place = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
         name = next((k for k, a in kwargs.items() if isinstance(a, Tensor)), None) if place is None else None
         x: Tensor = kwargs[name] if place is None else args[place]
-        mask = self._along(x)
-        opened = mask.sum().clamp(min=1)
-        spread = (mask.numel() / opened).sqrt().to(x.dtype)
+        mask, opened, spread = self._opened(x)
         if self.norm.centred:
             wide = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse to average in
             others = [d for d in self.norm.dims if d != self.norm.channel]
@@ -197,21 +192,22 @@ class MaskedNorm:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         """The output over the spread; the bias, which was not spread, as it was."""
-        mask = self._along(output)
-        opened = mask.sum().clamp(min=1)
-        shrink = (opened / mask.numel()).sqrt().to(output.dtype)
+        _, _, spread = self._opened(output)
         last = output.dim() - 1
         shape = [n if d in (self.norm.channel % output.dim(), last) else 1 for d, n in enumerate(output.shape)]
         bias: Tensor = module.forward(output.new_zeros(shape))
-        return bias + (output - bias) * shrink
+        return bias + (output - bias) / spread
 
-    def _along(self, x: Tensor) -> Tensor:
+    def _opened(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask along the channels of `x`, how many are open, and the spread s."""
         shape = [-1 if d == self.norm.channel % x.dim() else 1 for d in range(x.dim())]
-        return self.mask(x).to(x.dtype).view(shape)
+        mask = self.mask(x).to(x.dtype).view(shape)
+        opened = mask.sum().clamp(min=1)
+        return mask, opened, (mask.numel() / opened).sqrt().to(x.dtype)
 
     def put_on(self, module: nn.Module) -> None:
         """Hook the module."""
-        module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=False)
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
 
 
@@ -222,7 +218,7 @@ def unhook(module: nn.Module) -> None:
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
         for key, hook in list(hooks.items()):
-            if getattr(getattr(hook, "__self__", None), "_prunewise_norm", False):
+            if isinstance(getattr(hook, "__self__", None), MaskedNorm):
                 del hooks[key]
                 flags.pop(key, None)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from prunewise.core import inputs as _inputs
-from prunewise.core.branches import Branch, check_keep
+from prunewise.core.branches import Branch, check_keep, drops_blocks
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 
@@ -78,7 +78,7 @@ class ChannelPlan:
             kept = group.get("keep") if isinstance(group, dict) else None
             if not (isinstance(size, int) and _is_count(size)) or size < 1 or not isinstance(kept, list):
                 raise PlanError(f"channel plan, group {name!r}: needs 'size' (a count) and 'keep' (a list of indices)")
-            _check_kept(name, kept, size)
+            check_kept(name, kept, size)
             keep[str(name)], sizes[str(name)] = tuple(kept), size
         costs = []
         for key in ("cost_before", "cost_after"):
@@ -97,7 +97,7 @@ class ChannelPlan:
     @property
     def drops_blocks(self) -> bool:
         """True where a group keeps nothing: residual blocks go as a whole."""
-        return any(not kept for kept in self.keep.values())
+        return drops_blocks(self.keep)
 
     def check(self, model: nn.Module, groups: Sequence[ChannelGroup], branches: Sequence[Branch] = ()) -> None:
         """Raise `PlanError` where the plan is not one for this model; `branches` are the blocks that may be dropped."""
@@ -115,7 +115,7 @@ class ChannelPlan:
                 raise PlanError(f"{name!r} has {group.size} units in the model and {self.sizes[name]} in the plan")
             if not group.prunable and len(kept) < group.size:
                 raise PlanError(f"the plan removes units of {name!r}, which must stay: {group.reason}")
-            _check_kept(name, kept, group.size)
+            check_kept(name, kept, group.size)
         check_keep(self.keep, branches)
 
 
@@ -123,11 +123,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_kept(name: str, kept: Sequence[Any], size: int) -> None:
-    if not all(_is_count(i) and i < size for i in kept):
-        raise PlanError(f"group {name!r}: kept units should be indices in [0, {size})")
-    if any(b <= a for a, b in pairwise(kept)):
-        raise PlanError(f"group {name!r}: kept units should ascend without repetition")
+def check_kept(name: str, kept: Sequence[Any], size: int) -> None:
+    """Raise `PlanError` where the kept units of a group are not ascending indices into it."""
+    if not all(_is_count(i) and i < size for i in kept) or any(b <= a for a, b in pairwise(kept)):
+        raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -68,14 +68,9 @@ def masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Sequence[int
 
     Branches that lose all their units give zero.
     """
-    groups = [g for g in grouping.groups if g.name in keep]
-    stays = np.ones(sum(g.size for g in groups) + 1, dtype=bool)  # the last one: entries of no unit
-    offset = 0
-    for group in groups:
-        stays[offset : offset + group.size] = False
-        stays[offset + np.asarray(keep[group.name], dtype=np.int64)] = True
-        offset += group.size
-    norms = {norm: torch.from_numpy(stays[units]) for norm, units in norm_sites(grouping, groups)}
+    alive = grouping.alive(keep)
+    channels = grouping.structure.flow.norms
+    norms = {norm: torch.from_numpy(alive[grouping.classes(labels)]) for norm, labels in channels}
     with norms_masked(model, norms), _weights_masked(model, grouping, keep):
         yield
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.blocks import with_branches
-from prunewise.core.branches import Dropped, check_keep, drop, translate
+from prunewise.core.branches import Dropped, check_keep, drop, drops_blocks, translate
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
 from prunewise.core.graph import rebuild
@@ -54,7 +54,7 @@ class Surgeon:
         Raises:
             VerificationError: neither way gives a network that computes what the masked one does.
         """
-        if _drops_blocks(keep):
+        if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.cut)
         try:
             return self.sliced(model, keep)
@@ -73,7 +73,7 @@ class Surgeon:
         Raises:
             VerificationError: the classes do not work at the smaller widths; the message says where.
         """
-        if _drops_blocks(keep):
+        if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.sliced)
         small = copied(model)
         slice_state(small, state_slices(self.grouping, keep))
@@ -86,7 +86,7 @@ class Surgeon:
 
     def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
         """As `cut`, but a graph module in any case."""
-        if _drops_blocks(keep):
+        if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.rebuilt)
         return rebuild(model, self.costs, keep, self.example_inputs)
 
@@ -105,10 +105,6 @@ class Surgeon:
 
 
 Way = Callable[[Surgeon, nn.Module, Mapping[str, tuple[int, ...]]], nn.Module]
-
-
-def _drops_blocks(keep: Mapping[str, tuple[int, ...]]) -> bool:
-    return any(not len(kept) for kept in keep.values())
 
 
 def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> nn.Module:

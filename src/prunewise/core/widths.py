@@ -177,12 +177,11 @@ def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ..
     while path:
         path = path.rpartition(".")[0]
         scopes.append(path)
-    here = _changed_sizes(each, predicted, "", range(max(at - 1, 0), min(at + 2, len(ops))))
+    here = _new_sizes(each, predicted, "", range(max(at - 1, 0), min(at + 2, len(ops))))
     for scope in scopes:
         module = modules[scope]
         alike = [(n, m) for n, m in modules.items() if type(m) is type(module)] if scope else [(scope, module)]
-        sizes = {n: _changed_sizes(each, predicted, n) for n, _ in alike}
-        unchanged = {n: _unchanged_sizes(each, predicted, n) for n, _ in alike}
+        sizes = {n: _new_sizes(each, predicted, n) for n, _ in alike}
         for name, value in list(vars(module).items()):
             if not _holds_width(name, value) or _replaced(value, here, 0) is None:
                 continue
@@ -194,7 +193,9 @@ def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ..
                     new = _replaced(old, sizes[other_scope], choice) if _holds_width(name, old) else None
                     if old is not None and new is not None:
                         targets.append((other, name, old, new))
-                        if unchanged[other_scope].isdisjoint([old] if isinstance(old, int) else old):
+                        if not any(
+                            n in sizes[other_scope].get(n, ()) for n in ([old] if isinstance(old, int) else old)
+                        ):
                             clear.append(targets[-1])
                 # Where a size stays in another place of the module, the integer may mean that place.
                 for chosen in (clear, targets) if 0 < len(clear) < len(targets) else (targets,):
@@ -210,8 +211,8 @@ def _holds_width(name: str, value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
 
 
-def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None) -> Sizes:
-    """Old size -> new sizes, over the tensors that operations inside a module (and in a range) read or write."""
+def _new_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None) -> Sizes:
+    """Old size -> new sizes (itself, where it stays), over what operations inside a module (and in a range) make."""
     sizes: Sizes = {}
     prefix = f"{scope}." if scope else ""
     shapes = each.trace.tensors
@@ -220,29 +221,15 @@ def _changed_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: st
             continue
         for out, new in zip(op.outputs, predicted[op.index], strict=True):
             for before, after in zip(shapes[out].shape, new, strict=True):
-                if before != after:
-                    sizes.setdefault(before, set()).add(after)
+                sizes.setdefault(before, set()).add(after)
     return sizes
-
-
-def _unchanged_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str) -> set[int]:
-    """The sizes that stay in some dimension of what operations inside a module make."""
-    prefix = f"{scope}." if scope else ""
-    return {
-        before
-        for op in each.trace.ops
-        if op.module == scope or op.module.startswith(prefix)
-        for out, new in zip(op.outputs, predicted[op.index], strict=True)
-        for before, after in zip(each.trace.tensors[out].shape, new, strict=True)
-        if before == after
-    }
 
 
 def _replaced(old: Any, sizes: Sizes, choice: int) -> Any:
     """`old` with sizes replaced: the choice-th new size of each; None where nothing changes."""
 
     def one(value: int) -> int:
-        news = sorted(sizes.get(value, ()))
+        news = sorted(sizes.get(value, set()) - {value})
         return news[choice] if choice < len(news) else value
 
     new = one(old) if isinstance(old, int) else type(old)(one(v) for v in old)
