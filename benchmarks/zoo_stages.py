@@ -73,7 +73,7 @@ class Examination:
         """Attach gates, set them at random, and note what the gated model computes."""
         self.session = pw.attach_gates(self.model, self.inputs, budget=pw.Budget(macs=1.0), total_steps=10)
         costs = self.surgeon.costs
-        self.keep = draw(costs.widths, random.Random(self.seed))
+        self.keep = draw(costs.groups, random.Random(self.seed))
         plan = make_plan(fingerprint(self.entry.build()), costs, self.keep, {"seed": str(self.seed)}, self.inputs)
         self.session.set_plan(plan)
         self.want[False] = outputs(self.model, self.inputs)
@@ -240,12 +240,15 @@ def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     return worst
 
 
-def draw(sizes: Mapping[str, int], rng: random.Random) -> dict[str, tuple[int, ...]]:
-    """Random units of every group; at least half of the groups lose some."""
+def draw(groups: Sequence[pw.ChannelGroup], rng: random.Random) -> dict[str, tuple[int, ...]]:
+    """Random units of every prunable group; at least half of the groups lose some."""
+    sizes = {g.name: g.size for g in groups if g.prunable}
+    step = {g.name: g.multiple for g in groups}
     keep = {name: tuple(range(size)) for name, size in sizes.items()}
-    names = [name for name, size in sizes.items() if size > 1]
+    names = [name for name, size in sizes.items() if size > step[name]]
     for name in rng.sample(names, -(-3 * len(names) // 4)):
         count = min(sizes[name] - 1, max(1, round(sizes[name] * rng.uniform(0.1, 0.9))))
+        count = max(count - count % step[name], step[name])
         keep[name] = tuple(sorted(rng.sample(range(sizes[name]), count)))
     return keep
 
@@ -296,7 +299,12 @@ def cause(reason: str) -> str:
 
 
 def counted_macs(model: nn.Module, inputs: Any) -> int:
-    """Multiply-adds by torch's own counter, with attention computed in the open (it misses the fused kernel on the CPU)."""
+    """Multiply-adds by torch's own counter, with attention computed in the open (it misses the fused kernel on the CPU).
+
+    The counter does not know grouped products of experts; it is told what they take.
+    """
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
+    experts = {} if grouped is None else {grouped: lambda x, y, *rest, **more: 2 * x[0] * x[1] * y[-1]}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -305,7 +313,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> int:
             p.requires_grad_(False)
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
+            FlopCounterMode(display=False, custom_mapping=experts) as counter,
         ):
             outputs(model, inputs)
     finally:

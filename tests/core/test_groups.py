@@ -106,3 +106,23 @@ def test_nothing_to_prune_says_why() -> None:
 
 def test_a_model_without_parameters_has_no_groups() -> None:
     assert pw.channel_groups(nn.ReLU(), torch.zeros(1, 3)) == []
+
+
+def test_channels_of_a_buffer_that_code_makes_anew_stay() -> None:
+    class Positions(nn.Module):
+        """As timm's ConViT does: relative positions are made for the number of tokens at hand."""
+
+        def __init__(self, persistent: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+            self.register_buffer("positions", torch.rand(5, 3), persistent=persistent)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((self.a(x) + self.b(self.positions)).relu())
+
+    found = {g.name: g for g in pw.channel_groups(Positions(False), torch.zeros(1, 5, 4))}
+    assert "not saved with the model" in found["positions[1]"].reason
+    assert found["a"].prunable
+    assert pw.channel_groups(Positions(True), torch.zeros(1, 5, 4))[0].name
+    kept = {g.name: g for g in pw.channel_groups(Positions(True), torch.zeros(1, 5, 4))}
+    assert kept["positions[1]"].prunable

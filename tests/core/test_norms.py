@@ -217,6 +217,17 @@ def test_what_is_no_such_norm_pins_the_stream_and_says_so(norm: type[nn.Module])
     assert "in norms.0" in stream.reason
 
 
+def test_pooling_over_one_position_is_no_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, 4)).double()
+    image = torch.randn(1, 3, 2, 2).double()
+    assert find_norms(model, record(model, image)) == []
+    gates = pw.attach_gates(model, image, budget=pw.Budget(macs=0.5), total_steps=10)
+    gates.control.keep = half(gates)
+    gates._show(gates.control.keep)
+    gated = model(image)
+    torch.testing.assert_close(gates.finish()(image), gated, rtol=1e-10, atol=1e-10)
+
+
 def test_a_norm_inside_a_larger_forward_pins() -> None:
     class Inline(nn.Module):
         def __init__(self) -> None:

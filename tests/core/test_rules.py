@@ -282,6 +282,9 @@ def test_experts_in_one_grouped_product() -> None:
     small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
     assert small.up.shape == (2, 16, 12)
     assert small.down.shape == (2, 12, 16)
+    assert [g.multiple for g in pw.channel_groups(model, x) if g.prunable] == [4], "rows start at multiples of 16 bytes"
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.75), round_to=3), x)
+    assert small.up.shape == (2, 16, 12), "a multiple of both"
 
 
 def test_a_vector_along_the_head_size_leaves_whole_heads() -> None:

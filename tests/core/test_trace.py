@@ -254,3 +254,21 @@ def test_recurrent_layers_are_followed_in_single_precision_too(kind: type[nn.RNN
     small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
     assert small.recurrent.hidden_size < 10
     assert small.recurrent.input_size < 8
+
+
+def test_a_module_that_converts_itself_to_what_it_is() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.score = self.score.to(x.dtype)
+            return self.out(self.score(x).relu())
+
+    model, x = Router(), torch.randn(2, 5)
+    before = dict(model.named_parameters())
+    small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
+    assert small.score.weight.shape == (4, 5)
+    assert all(before[name] is p for name, p in model.named_parameters())
+    assert model.half().score.weight.dtype == torch.float16, "and converts as ever afterwards"

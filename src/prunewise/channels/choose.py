@@ -64,8 +64,12 @@ class Limits:
 
     def floor(self, group: ChannelGroup) -> int:
         """The fewest units that `group` may keep."""
-        least = -(-max(1, self.min_keep) // self.round_to) * self.round_to
-        return min(group.size, least)
+        step = self.step(group)
+        return min(group.size, -(-max(1, self.min_keep) // step) * step)
+
+    def step(self, group: ChannelGroup) -> int:
+        """What the kept units of `group` are a multiple of (or all of them)."""
+        return math.lcm(self.round_to, group.multiple)
 
     @property
     def floors(self) -> dict[str, int]:
@@ -174,7 +178,7 @@ def _ascending(group: ChannelGroup, worth: Scores, start: Sequence[int] | None) 
 def _of_units(group: ChannelGroup, worth: Scores, order: npt.NDArray[np.int64], limits: Limits) -> Iterator[Removal]:
     """What can be removed of a group, one after another; none is worth less than the one before it."""
     at, running = 0, -np.inf
-    for size in _block_sizes(len(order), min(limits.floor(group), len(order)), limits.round_to):
+    for size in _block_sizes(len(order), min(limits.floor(group), len(order)), limits.step(group)):
         running = max(running, float(worth[order[at : at + size]].mean()))
         yield running, group.name, size
         at += size
@@ -209,12 +213,12 @@ def _remove(
     return widths(units, gone)
 
 
-def _block_sizes(size: int, floor: int, round_to: int) -> Sequence[int]:
-    """How many units go at a time, so that what stays is a multiple of `round_to` (or everything)."""
+def _block_sizes(size: int, floor: int, multiple: int) -> Sequence[int]:
+    """How many units go at a time, so that what stays is a multiple of `multiple` (or everything)."""
     sizes = []
     left = size
     while left > floor:
-        step = left % round_to or round_to
+        step = left % multiple or multiple
         if left - step < floor:
             break
         sizes.append(step)

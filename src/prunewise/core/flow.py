@@ -50,6 +50,7 @@ class Flow:
     origins: dict[int, str] = field(default_factory=dict)  # tensor id -> the parameter it is a plain view of
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
     norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
+    multiples: list[tuple[LabelArray, int]] = field(default_factory=list)  # a kernel takes no other numbers of these
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
     _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
     _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class ChannelGroup:
         prunable: whether units may be removed.
         reason: why not, naming the operation and the line of code; "" where prunable.
         members: the parameter and buffer dimensions that are sliced when a unit goes.
+        multiple: kept units must be a multiple of this (or all), because a kernel takes no other widths.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ChannelGroup:
     prunable: bool
     reason: str
     members: tuple[Member, ...]
+    multiple: int = 1
     class_ids: npt.NDArray[np.int64] = field(repr=False, default_factory=lambda: np.zeros(0, np.int64), compare=False)
 
     def __str__(self) -> str:
@@ -137,7 +140,7 @@ def find_groups(structure: Structure) -> Grouping:
     roots, inverse = np.unique(everything, return_inverse=True)
     n = len(roots)
     grouping = Grouping(structure, [], roots, np.zeros(n, np.int64))
-    reasons, reason_of = _pins(structure, grouping)
+    reasons, reason_of = _pins(structure, grouping, slots)
     # Classes with the same footprint (same dimensions of the same tensors, as often, also in activations) are alike.
     signature = np.zeros(n, dtype=np.uint64)
     rng = np.random.default_rng(0)
@@ -167,13 +170,25 @@ def find_groups(structure: Structure) -> Grouping:
     for number, ids in enumerate(bundles):
         group_of[ids] = number
     members = _members(slots, inverse, bundles, group_of, n, sites)
+    multiples = _multiples(structure, grouping)
     taken: set[str] = set()
     for number, ids in enumerate(bundles):
         pinned = reason_of[ids[0]] >= 0
         name = _name(members[number], taken)
         reason = reasons[int(reason_of[ids[0]])] if pinned else ""
-        grouping.groups.append(ChannelGroup(name, len(ids), not pinned, reason, members[number], ids))
+        group = ChannelGroup(name, len(ids), not pinned, reason, members[number], multiples.get(number, 1), ids)
+        grouping.groups.append(group)
     return grouping
+
+
+def _multiples(structure: Structure, grouping: Grouping) -> dict[int, int]:
+    """By number of group: what its width must be a multiple of, where there is such a thing."""
+    found: dict[int, int] = {}
+    for labels, multiple in structure.flow.multiples:
+        ids = grouping.classes(labels)
+        for number in np.unique(grouping.group_of[ids[ids >= 0]]):
+            found[int(number)] = math.lcm(found.get(int(number), 1), multiple)
+    return found
 
 
 def _is_kernel(reasons: list[str], reason: int) -> bool:
@@ -203,7 +218,9 @@ def _state_slots(structure: Structure) -> list[tuple[str, int, LabelArray]]:
     return [(name, dim, labels) for _, name, dim, labels in slots]
 
 
-def _pins(structure: Structure, grouping: Grouping) -> tuple[list[str], npt.NDArray[np.int64]]:
+def _pins(
+    structure: Structure, grouping: Grouping, slots: list[tuple[str, int, LabelArray]]
+) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Reasons, and for each class the index of the first one that pins it (-1: prunable)."""
     flow = structure.flow
     reason_of = np.full(len(grouping.roots), -1, dtype=np.int64)
@@ -223,9 +240,28 @@ def _pins(structure: Structure, grouping: Grouping) -> tuple[list[str], npt.NDAr
         ids = ids[ids >= 0]
         fresh = ids[reason_of[ids] < 0]
         reason_of[fresh] = reasons.setdefault(reason, len(reasons))
+    for ids in _made_anew(structure, grouping, slots):
+        fresh = ids[reason_of[ids] < 0]
+        reason_of[fresh] = reasons.setdefault(
+            "made by a buffer that is not saved with the model, whose code may make it anew, at its full size",
+            len(reasons),
+        )
     unused = ~consumed & (reason_of < 0)
     reason_of[unused] = reasons.setdefault("nothing in the model reads these channels by a weight", len(reasons))
     return list(reasons), reason_of
+
+
+def _made_anew(
+    structure: Structure, grouping: Grouping, slots: list[tuple[str, int, LabelArray]]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Classes that buffers outside the state_dict hold, and no other tensor but those that read them."""
+    unsaved = structure.trace.unsaved
+    sites = {d.site for d in structure.flow.demands}
+    others = [labels for name, dim, labels in slots if name not in unsaved and (name, dim) not in sites]
+    saved = grouping.classes(np.concatenate(others)) if others else np.zeros(0, dtype=np.int64)
+    for name, _, labels in slots:
+        if name in unsaved:
+            yield np.setdiff1d(grouping.classes(labels), saved)
 
 
 def _members(

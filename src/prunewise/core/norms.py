@@ -142,15 +142,15 @@ def _normalises(module: nn.Module, shape: list[int], dims: tuple[int, ...], cent
     """True where module(x) - module(0) is w · (x - m) · r, with w of the channel alone and r the same along `dims`."""
     draw = torch.Generator().manual_seed(1)
     others = [d for d in range(len(shape)) if d != dims[0] % len(shape)]
-    base = torch.randn(shape, generator=draw, dtype=torch.float64) + 0.5
     bias = module.forward(torch.zeros(shape, dtype=torch.float64))
     weight = None
-    for scale in (1e3, 1.0):  # the first makes any epsilon negligible, so that r is the inverse deviation
-        x = base * scale
+    for scale in (1e3, 1e3, 1.0):  # the large one makes any epsilon negligible, so that r is the inverse deviation
+        # drawn anew: where there is one position only, some weight fits any one input
+        x = scale * (torch.randn(shape, generator=draw, dtype=torch.float64) + 0.5)
         y = module.forward(x).double() - bias
         deviation = x - x.mean(dims, keepdim=True) if centred else x
+        n = deviation / deviation.square().mean(dims, keepdim=True).sqrt()
         if weight is None:
-            n = deviation / deviation.square().mean(dims, keepdim=True).sqrt()
             weight = (y * n).mean(others, keepdim=True) / n.square().mean(others, keepdim=True)
         z = weight * deviation
         r = (y * z).sum(dims, keepdim=True) / z.square().sum(dims, keepdim=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.blocks import with_branches
 from prunewise.core.branches import Dropped, check_keep, drop, drops_blocks, translate
+from prunewise.core.config import fit_config, has_config
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
 from prunewise.core.graph import rebuild
@@ -57,7 +58,7 @@ class Surgeon:
         if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.cut)
         try:
-            return self.sliced(model, keep)
+            return self._configured(self.sliced(model, keep))
         except VerificationError as error:
             problem = str(error).partition(". The model was left")[0]
         warnings.warn(
@@ -82,6 +83,18 @@ class Surgeon:
         if problem is not None:
             raise VerificationError(problem)
         check_equal(model, small, self.grouping, keep, self.example_inputs)
+        return small
+
+    def _configured(self, small: nn.Module) -> nn.Module:
+        """`small` with the new widths in its config, where it has one; a warning where the config cannot hold them."""
+        if has_config(small) and not any(p.is_meta for p in small.parameters()):
+            problem = fit_config(small, self.example_inputs)
+            if problem is not None:
+                warnings.warn(
+                    f"the config of the small {type(small).__name__} keeps the old widths: {problem}. Save and load it with "
+                    "save_pruned() and load_pruned(); a model built from its config would not have its shapes",
+                    stacklevel=4,
+                )
         return small
 
     def rebuilt(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:

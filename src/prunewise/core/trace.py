@@ -26,7 +26,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunewise.core.errors import TraceError
 from prunewise.core.lines import line_here, line_of
-from prunewise.core.untouched import attributes_kept, drop_cached_fakes, in_mode, nothing_fused, quiet
+from prunewise.core.untouched import (
+    attributes_kept,
+    drop_cached_fakes,
+    in_mode,
+    nothing_converted,
+    nothing_fused,
+    quiet,
+)
 
 Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
 
@@ -89,6 +96,7 @@ class Trace:
     tensors: list[TensorInfo] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
+    unsaved: set[str] = field(default_factory=set)  # names of buffers that are not in the state_dict
 
     def live_ops(self) -> set[int]:
         """Indices of the operations that an output depends on, or that write in place."""
@@ -259,11 +267,17 @@ def record_partly(
         for leaf, tensor in (module._parameters if kind == "param" else module._buffers).items()
         if tensor is not None
     ]
+    trace.unsaved.update(
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf in module._non_persistent_buffers_set
+    )
     with (
         _module_stack(model) as stack,
         attributes_kept(model),
         in_mode(model, training),
         nothing_fused(),
+        nothing_converted(),
         quiet(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
 import logging
 import sys
 import weakref
@@ -113,3 +114,23 @@ def nothing_fused() -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def nothing_converted() -> Iterator[None]:
+    """A module that converts itself to the dtype and device that it has already (`self.layer.to(x.dtype)`) is left as it is.
+
+    torch would swap the tensors of a fake parameter, which it cannot.
+    """
+    convert: Any = nn.Module._apply
+
+    def unless_same(module: nn.Module, fn: Any, recurse: bool = True) -> Any:
+        tensors = [t for t in itertools.chain(module.parameters(), module.buffers()) if isinstance(t, FakeTensor)]
+        same = all((t.dtype, t.device) == ((made := fn(t)).dtype, made.device) for t in tensors)
+        return module if tensors and same else convert(module, fn, recurse)
+
+    nn.Module._apply = unless_same  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = convert  # type: ignore[method-assign]

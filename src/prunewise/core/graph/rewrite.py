@@ -122,7 +122,7 @@ def rewrite(
             ids[node] = [
                 recorder.register(t, "input" if node.op == "placeholder" else "constant") for t in _tensors(value)
             ]
-    trace.outputs = ids[next(reversed(graph.nodes))]
+    trace.outputs = ids[next(iter(reversed(graph.nodes)))]
     layouts = cut.run(trace)
     shapes = {n: [t.shape for t in map(trace.tensors.__getitem__, own)] for n, own in ids.items()}
     found = {n: [layouts.get(i) or Layout(s) for i, s in zip(ids[n], shapes[n], strict=True)] for n in ids}

@@ -80,7 +80,12 @@ def grouped_mm(flow: Flow, op: Op) -> Layout:
         raise ValueError("only rows times a stack of matrices")
     flow.layouts[x.id] = flow.fix(flow.of(x), [0], op)
     flow.layouts[y.id] = flow.fix(flow.of(y), [0], op)
-    return _contract(flow, op, x, y, "tk", "ekj", "tj")
+    out = _contract(flow, op, x, y, "tk", "ekj", "tj")
+    # The kernels want every row of each operand to start at a multiple of 16 bytes.
+    alike = 16 // flow.trace.tensors[x.id].dtype.itemsize
+    for layout, dims in ((flow.of(x), (1,)), (flow.of(y), (1, 2))):
+        flow.multiples += [(b.labels.reshape(-1), alike) for d in dims if (b := layout.block_at(d)) is not None]
+    return out
 
 
 @rule("linear")
