@@ -327,3 +327,53 @@ def test_an_attribute_that_is_a_width_here_and_another_one_there() -> None:
     small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.5)), x)
     assert type(small) is Mlp
     assert (small.up.n_out, small.down.n_out) == (4, 8)
+
+
+def test_an_integer_that_means_the_stream_here_and_the_heads_there() -> None:
+    """As GPT-2's: one class of layers for all, and the width of the heads only in a `split` before attention."""
+
+    class Product(nn.Module):
+        def __init__(self, n: int, nf: int) -> None:
+            super().__init__()
+            self.nf = nf
+            self.weight, self.bias = nn.Parameter(torch.randn(n, nf) / 4), nn.Parameter(torch.randn(nf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split_size, self.head_size = 16, 4
+            self.qkv, self.out = Product(16, 48), Product(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [
+                p.view(*p.shape[:-1], -1, self.head_size).transpose(1, 2)
+                for p in self.qkv(x).split(self.split_size, dim=2)
+            ]
+            mask = torch.where(torch.ones(x.shape[1], x.shape[1]).tril().bool(), 0.0, -1e9).to(x.dtype)
+            y = nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = Product(5, 16), nn.Linear(16, 3)
+            self.layers = nn.ModuleList([Attention() for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(2, 6, 5).double()
+    surgeon = Surgeon.of(model, x)
+    heads = [name for name, size in surgeon.costs.widths.items() if size == 4]
+    stream = next(name for name, size in surgeon.costs.widths.items() if size == 16)
+    keep = {stream: tuple(range(12)), heads[0]: (0, 1, 3), heads[1]: (0, 1, 2, 3), heads[2]: (2, 3)}
+    small = surgeon.sliced(model, keep)
+    assert [layer.split_size for layer in small.layers] == [12, 16, 8]
+    assert [layer.out.nf for layer in small.layers] == [12, 12, 12]

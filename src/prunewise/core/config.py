@@ -126,9 +126,9 @@ class _Search:
             trial = copy.deepcopy(config)
             _set(trial, path, other)
             moved = self._built(trial)
-            if moved is not None:
+            if moved is not None and moved.keys() == have.keys():
                 break
-        if moved is None or moved.keys() != have.keys():
+        else:
             return {}  # the number of layers, say
         # size = have + slope * (new - value)
         return {

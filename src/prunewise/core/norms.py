@@ -95,7 +95,8 @@ def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
     for op in ops:
         if op.name in ("var", "var_mean") and (op.args.get("correction", 1) != 0 and op.args.get("unbiased", True)):
             return None  # divides by one less than the number of channels
-        if op.name not in (*_AVERAGES, *_PASSING) and torch.Tag.pointwise not in op.func.tags:
+        whole = op.name == "slice" and trace.tensors[op.outputs[0]].shape == trace.tensors[op.inputs[0]].shape
+        if op.name not in (*_AVERAGES, *_PASSING) and torch.Tag.pointwise not in op.func.tags and not whole:
             return None
         for index in op.inputs:
             if index not in made and trace.tensors[index].kind not in ("param", "buffer"):

@@ -7,7 +7,7 @@ change that lets the comparison get furthest is kept, until it reaches the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from prunewise.core.trace import Inputs, Op, Trace, record_partly
 
 _MAX_TRIALS = 200
 Sizes = dict[int, set[int]]  # old size -> new sizes it may stand for
+Originals = dict[tuple[int, str], Any]  # (id of a module, attribute) -> what it held before it was changed
 
 
 def fit_attributes(
@@ -42,15 +43,18 @@ def _fit_pass(
         for op in each.trace.ops
     ]
     at, problem = _first_difference(small, inputs, each.trace, predicted, training)
+    originals: Originals = {}
     trials = 0
     while problem is not None:
         best = at
-        for change in _candidates(small, each, predicted, at):
+        for change in _candidates(small, each, predicted, at, originals):
             undo = change.apply()
             trials += 1
             reached, found = _first_difference(small, inputs, each.trace, predicted, training)
             if found is None or reached > best:
                 at, problem = reached, found
+                for module, name, old, _ in change.targets:
+                    originals.setdefault((id(module), name), old)
                 break
             undo()
             if trials >= _MAX_TRIALS:
@@ -168,7 +172,9 @@ class _Change:
         return undo
 
 
-def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ...]]], at: int) -> Iterator[_Change]:
+def _candidates(
+    small: nn.Module, each: Pass, predicted: list[list[tuple[int, ...]]], at: int, originals: Originals
+) -> Iterator[_Change]:
     """Changes that might mend the operation at index `at`, the likeliest first."""
     modules = dict(small.named_modules())
     ops = each.trace.ops
@@ -177,30 +183,38 @@ def _candidates(small: nn.Module, each: Pass, predicted: list[list[tuple[int, ..
     while path:
         path = path.rpartition(".")[0]
         scopes.append(path)
-    here = _new_sizes(each, predicted, "", range(max(at - 1, 0), min(at + 2, len(ops))))
+    here = _new_sizes(each, predicted, "", {*range(max(at - 1, 0), min(at + 2, len(ops))), *_upstream(each.trace, at)})
     for scope in scopes:
         module = modules[scope]
         alike = [(n, m) for n, m in modules.items() if type(m) is type(module)] if scope else [(scope, module)]
         sizes = {n: _new_sizes(each, predicted, n) for n, _ in alike}
-        for name, value in list(vars(module).items()):
-            if not _holds_width(name, value) or _replaced(value, here, 0) is None:
-                continue
+        names = [n for n, v in vars(module).items() if _holds_width(n, originals.get((id(module), n), v))]
+        names = [n for n in names if _replaced(originals.get((id(module), n), vars(module)[n]), here, 0) is not None]
+        for name in names:
             for choice in range(3):
                 targets: list[tuple[nn.Module, str, Any, Any]] = []
                 clear: list[tuple[nn.Module, str, Any, Any]] = []
                 for other_scope, other in alike:
                     old = vars(other).get(name)
-                    new = _replaced(old, sizes[other_scope], choice) if _holds_width(name, old) else None
-                    if old is not None and new is not None:
+                    if (id(other), name) in originals or not _holds_width(name, old):
+                        continue
+                    new = _replaced(old, sizes[other_scope], choice)
+                    if new is not None:
                         targets.append((other, name, old, new))
-                        if not any(
-                            n in sizes[other_scope].get(n, ()) for n in ([old] if isinstance(old, int) else old)
-                        ):
+                        held = [old] if isinstance(old, int) else list(old or ())
+                        if not any(n in sizes[other_scope].get(n, ()) for n in held):
                             clear.append(targets[-1])
                 # Where a size stays in another place of the module, the integer may mean that place.
                 for chosen in (clear, targets) if 0 < len(clear) < len(targets) else (targets,):
                     if chosen:
                         yield _Change(chosen)
+        # What one choice for all modules of a class got wrong here
+        for name in names:
+            now = vars(module)[name]
+            first = originals.get((id(module), name), now)
+            for new in (first, *(_replaced(first, sizes[scope], choice) for choice in range(3))):
+                if new is not None and new != now:
+                    yield _Change([(module, name, now, new)])
 
 
 def _holds_width(name: str, value: Any) -> bool:
@@ -211,8 +225,23 @@ def _holds_width(name: str, value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
 
 
-def _new_sizes(each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: range | None = None) -> Sizes:
-    """Old size -> new sizes (itself, where it stays), over what operations inside a module (and in a range) make."""
+def _upstream(trace: Trace, at: int) -> set[int]:
+    """The views that lead to an operation, and what computes their sources: a wrong view shows in what computes with it."""
+    made = {out: op for op in trace.ops[:at] for out in op.outputs}
+    found: set[int] = set()
+    queue = trace.ops[at].inputs if at < len(trace.ops) else []
+    while queue:
+        op = made.get(queue.pop())
+        if op is not None and op.index not in found:
+            found.add(op.index)
+            queue += [] if op.computes else op.inputs
+    return found
+
+
+def _new_sizes(
+    each: Pass, predicted: list[list[tuple[int, ...]]], scope: str, at: Collection[int] | None = None
+) -> Sizes:
+    """Old size -> new sizes (itself, where it stays), over what operations inside a module (or only some) make."""
     sizes: Sizes = {}
     prefix = f"{scope}." if scope else ""
     shapes = each.trace.tensors

@@ -12,7 +12,7 @@ from prunewise.core.trace import Op, Ref
 @rule(
     "clone", "_to_copy", "copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "native_dropout",
     "bernoulli", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "prelu",
-    "_prelu_kernel", "masked_fill", "fill", "zero", "where", "view_as_real_copy", "conj", "_conj", "resolve_conj",
+    "_prelu_kernel", "hardtanh", "leaky_relu", "threshold", "masked_fill", "fill", "zero", "where", "view_as_real_copy", "conj", "_conj", "resolve_conj",
     "fake_quantize_per_tensor_affine", "_local_scalar_dense", "nan_to_num", "dropout", "alpha_dropout", "_assert_async",
     "uniform", "normal", "rrelu_with_noise", "hardswish", "log_sigmoid_forward",
 )  # fmt: skip
