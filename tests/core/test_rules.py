@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import prunewise as pw
 from prunewise.core.flow import RULES, rule
+from prunewise.core.surgery import Surgeon
 
 
 class Between(nn.Module):
@@ -303,3 +304,45 @@ def test_a_vector_along_the_head_size_leaves_whole_heads() -> None:
     assert [(g.name, g.size) for g in pw.channel_groups(model, x) if g.prunable] == [("q", 3)]
     small = pw.apply_plan(model, pw.plan_channels(model, x, budget=pw.Budget(macs=0.8)), x)
     assert type(small) is Scaled
+
+
+def test_heads_of_weights_that_einsum_takes_in_another_order() -> None:
+    """As XLNet's: weights of shape (width, heads, head size), biases per head, a table of positions."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.r = (nn.Parameter(torch.randn(16, 4, 8) / 4) for _ in range(5))
+            self.a, self.b = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8))
+            self.up, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x).transpose(0, 1)
+            places = torch.arange(16, dtype=x.dtype).sin().expand(*x.shape[:2], 16)
+            q, k, v = (torch.einsum("ibh,hnd->ibnd", x, w) for w in (self.q, self.k, self.v))
+            r = torch.einsum("ibh,hnd->ibnd", places, self.r)
+            scores = torch.einsum("ibnd,jbnd->bnij", q + self.a, k) + torch.einsum("ibnd,jbnd->bnij", q + self.b, r)
+            y = torch.einsum("bnij,jbnd->ibnd", scores.softmax(-1), v)
+            return self.head(x + torch.einsum("ibnd,hnd->ibh", y, self.o))
+
+    torch.manual_seed(0)
+    model, x = Attends().double(), torch.randn(2, 6, 5).double()
+    assert [(g.name, g.size) for g in pw.channel_groups(model, x) if g.prunable] == [("up", 16), ("q[1]", 4)]
+    small = Surgeon.of(model, x).sliced(model, {"up": (0, 2, 3, 8, 11), "q[1]": (1, 3)})
+    assert small.o.shape == (5, 2, 8)
+    assert small.r.shape == (16, 2, 8)
+
+
+def test_a_copy_of_a_weight_that_is_changed_is_not_the_weight() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.w = nn.Linear(5, 8), nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w.clone()
+            w.view(-1).add_(1.0)
+            return self.a(x).relu() @ w
+
+    group = next(g for g in pw.channel_groups(Changes(), torch.zeros(2, 5)) if g.name == "a")
+    assert "also goes into aten.add_" in group.reason

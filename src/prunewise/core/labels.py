@@ -289,13 +289,15 @@ def reshape(store: LabelStore, layout: Layout, shape: tuple[int, ...], reason: s
     segments = _segments(layout.shape, shape)
     home = {d: k for k, (before, _) in enumerate(segments) for d in before}
     owner: dict[int, Block] = {}  # segment -> the one block whose labels pass through it
+
     # One block is followed; a second one in the same segment would need labels for pairs. Labels that nothing is
     # tied to yet (those of an expanded dimension, or a fresh weight's) give way, then the minor to the major
-    # dimension.
-    order = sorted(
-        layout.blocks,
-        key=lambda b: (store.is_weak(b.labels), len(b.dims) == 1 and store.is_untouched(b.labels), b.dims),
-    )
+    # dimension: of a fresh weight, as the weight has them (heads before their size), in whatever order einsum takes them.
+    def precedence(block: Block) -> tuple[bool, bool, tuple[int, ...]]:
+        fresh = len(block.dims) == 1 and store.is_untouched(block.labels)
+        return store.is_weak(block.labels), fresh, (int(block.labels.min()),) if fresh else block.dims
+
+    order = sorted(layout.blocks, key=precedence)
     survivors = []
     for block in order:
         own = {home[d] for d in block.dims}

@@ -115,7 +115,7 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
             del flow.rectangles[known[0] :], flow.demands[known[1] :]
         elif op.name not in _READS_BY_WEIGHT:
             for index in op.inputs:
-                if index in flow.origins and not set(op.outputs) <= set(flow.origins):
+                if index in flow.origins and (op.writes or not set(op.outputs) <= set(flow.origins)):
                     flow.other_uses.setdefault(flow.origins[index], flow.reason(op))
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout

@@ -78,6 +78,11 @@ class Op:
         return any(r.alias_info is not None and not r.alias_info.is_write for r in self.func._schema.returns)
 
     @property
+    def writes(self) -> bool:
+        """True where an argument is changed in place."""
+        return any(a.alias_info is not None and a.alias_info.is_write for a in self.func._schema.arguments)
+
+    @property
     def computes(self) -> bool:
         """False for views and copies: what they do shows in the operations that read them."""
         return not self.is_view and self.name not in ("clone", "_unsafe_view", "contiguous")
@@ -103,8 +108,7 @@ class Trace:
         wanted = set(self.outputs)
         live = set()
         for op in reversed(self.ops):
-            writes = any(a.alias_info is not None and a.alias_info.is_write for a in op.func._schema.arguments)
-            if writes or not wanted.isdisjoint(op.outputs):
+            if op.writes or not wanted.isdisjoint(op.outputs):
                 live.add(op.index)
                 wanted.update(op.inputs)
         return live

@@ -12,7 +12,8 @@ from prunewise.core.trace import Op, Ref
 @rule(
     "clone", "_to_copy", "copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "native_dropout",
     "bernoulli", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "prelu",
-    "_prelu_kernel", "hardtanh", "leaky_relu", "threshold", "masked_fill", "fill", "zero", "where", "view_as_real_copy", "conj", "_conj", "resolve_conj",
+    "_prelu_kernel", "hardtanh", "leaky_relu", "threshold", "masked_fill", "fill", "zero", "where",
+    "view_as_real_copy", "conj", "_conj", "resolve_conj",
     "fake_quantize_per_tensor_affine", "_local_scalar_dense", "nan_to_num", "dropout", "alpha_dropout", "_assert_async",
     "uniform", "normal", "rrelu_with_noise", "hardswish", "log_sigmoid_forward",
 )  # fmt: skip
@@ -21,6 +22,8 @@ def pointwise(flow: Flow, op: Op) -> Layout | list[Layout]:
     layouts = [flow.of(leaf) for leaf in tree_flatten(op.args)[0] if isinstance(leaf, Ref)]
     if not op.outputs:
         return []
+    if op.name == "clone" and op.args["self"].id in flow.origins:  # as einsum makes of a weight that it permutes
+        flow.origins[op.outputs[0]] = flow.origins[op.args["self"].id]
     shape = flow.shape(op.outputs[0])
     joined = flow.join(layouts, shape, op) if layouts else Layout(shape)
     return [joined if flow.shape(o) == shape else Layout(flow.shape(o)) for o in op.outputs]
