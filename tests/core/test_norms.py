@@ -306,3 +306,17 @@ def test_a_graph_module_has_the_norms_of_what_is_left() -> None:
     small = pw.apply_plan(model, plan, inputs)  # which compares it with the masked model
     assert isinstance(small, torch.fx.GraphModule)
     assert len(small.get_parameter("norms.1.weight")) < D
+
+
+def test_a_single_group_stays_one_in_a_graph_module() -> None:
+    class Baked(Images):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norms[0](self.stem(x))
+            x = x + self.mix(self.inner(x).relu())
+            return self.head(self.norms[1](x).view(-1, 12, 25).mean(2))
+
+    model, inputs = made(Baked, lambda size: nn.GroupNorm(1, size))
+    plan = pw.plan_channels(model, inputs, budget=pw.Budget(macs=0.5))
+    with pytest.warns(UserWarning, match="graph module"):
+        small = pw.apply_plan(model, plan, inputs)  # which compares it with the masked model
+    assert small.head.weight.shape[1] < D

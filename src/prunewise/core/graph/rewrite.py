@@ -224,7 +224,7 @@ class _Fix:
         elif name in ("group_norm", "native_group_norm"):
             argument = "num_groups" if "num_groups" in bound else "group"
             was, now = self.old.values[x].shape[1], self.new.values[x].shape[1]
-            if was != now:
+            if was != now and bound[argument] > 1:  # a single group stays one, of fewer channels
                 put_argument(self.node, argument, now * bound[argument] // was)
         elif self.node.target is _aten.squeeze.default:
             self.node.target = _aten.squeeze.dims
