@@ -160,7 +160,7 @@ def made(kind: type[nn.Module], norm: Callable[[int], nn.Module]) -> tuple[nn.Mo
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    inputs = torch.randn(2, 3, 5, 5).double() if kind is Images else torch.randint(20, (2, 5))
+    inputs = torch.randn(2, 3, 5, 5).double() if issubclass(kind, Images) else torch.randint(20, (2, 5))
     return model, inputs
 
 
