@@ -136,6 +136,18 @@ def test_scores_of_the_wrong_shape(net: Net, scores: Any) -> None:
         pw.plan_channels(net, X, budget=pw.Budget(macs=0.5), importance=scores)
 
 
+def test_level_allocation_keeps_as_much_of_groups_of_one_size() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(5)], torch.nn.Linear(16, 3))
+    x, budget = torch.zeros(1, 16), pw.Budget(macs=0.47)
+    uniform = pw.plan_channels(model, x, budget=budget)
+    level = pw.plan_channels(model, x, budget=budget, allocation="level")
+    assert len({len(kept) for kept in uniform.keep.values()}) == 2, "filled up to the budget"
+    assert {len(kept) for kept in level.keep.values()} == {min(len(kept) for kept in uniform.keep.values())}
+    assert all(set(level.keep[name]) <= set(kept) for name, kept in uniform.keep.items())
+    assert level.cost_after["macs"] == pw.measure(pw.apply_plan(model, level, x), x).macs
+
+
 @pytest.mark.parametrize("setting", [{"importance": "magic"}, {"allocation": "magic"}])
 def test_unknown_names(net: Net, setting: Any) -> None:
     with pytest.raises(pw.PlanError, match="magic"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
 
-Allocation = Literal["uniform", "global"]
+Allocation = Literal["uniform", "level", "global"]
 
 
 def plan_channels(
@@ -51,9 +51,10 @@ def plan_channels(
         importance: "magnitude" (L1 of filters), "bn_scale", "taylor" (needs `data`), "hybrid" (needs `data`:
             how many units a group keeps by their Taylor masses, which ones by their magnitude, as the gates do),
             "random" (uses `seed`), or a callable from (model, groups) to {group name: scores of shape (units,), higher = keep}.
-        allocation: "uniform" keeps the same share of every group and ranks within groups; "global" ranks all units by
-            importance per cost. Default: "global" for "taylor" and "hybrid" (their scores are comparable between layers),
-            else "uniform".
+        allocation: "uniform" keeps the same share of every group and ranks within groups; "level" does so too, and keeps
+            the same number in all groups of one size, as a config with one number for all layers can say it (the cost may
+            end a little further below the budget); "global" ranks all units by importance per cost. Default: "global" for
+            "taylor" and "hybrid" (their scores are comparable between layers), else "uniform".
         data, loss: batches and loss for "taylor" and "hybrid"; see `importance.taylor`.
         include, exclude: names, shell patterns or a callable that select groups.
         min_keep: no group keeps fewer units.
@@ -80,18 +81,21 @@ def plan_channels(
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
     if allocation is None:
         allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
-    if allocation not in ("uniform", "global"):
-        raise PlanError(f"allocation {allocation!r} should be 'uniform' or 'global'")
-    if drop_blocks and allocation == "uniform":
+    if allocation not in get_args(Allocation):
+        raise PlanError(f"allocation {allocation!r} should be one of {', '.join(get_args(Allocation))}")
+    if drop_blocks and allocation != "global":
         raise PlanError(
-            "drop_blocks=True needs allocation='global' (as importance='taylor' has it): 'uniform' keeps all"
+            f"drop_blocks=True needs allocation='global' (as importance='taylor' has it): {allocation!r} keeps all"
         )
     costs = Surgeon.of(model, example_inputs, blocks=drop_blocks).costs
     limits = limits_for(
         model, costs, budget, include, exclude, min_keep, round_to, example_inputs, drop_blocks=drop_blocks
     )
     scores, masses = _scores(model, limits, importance, data, loss, seed)
-    keep = choose_units(_worth(scores, limits, allocation), limits, masses=masses)
+    worth = _worth(scores, limits, allocation)
+    keep = choose_units(worth, limits, masses=masses)
+    if allocation == "level":
+        keep = _levelled(keep, worth, limits)
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
     notes = {"importance": name, "allocation": allocation, **limits.notes(keep)}
     return make_plan(fingerprint(model), costs, keep, notes, example_inputs)
@@ -166,10 +170,26 @@ def rank_share(scores: Scores) -> Scores:
 
 def _worth(scores: Mapping[str, Scores], limits: Limits, allocation: Allocation) -> dict[str, Scores]:
     """What each unit is worth, comparable between groups."""
-    if allocation == "uniform":
+    if allocation != "global":
         return {name: rank_share(values) for name, values in scores.items()}
     share = limits.marginal({})
     return {name: np.asarray(values) / share[name] for name, values in scores.items()}
+
+
+def _levelled(
+    keep: Mapping[str, tuple[int, ...]], worth: Mapping[str, Scores], limits: Limits
+) -> dict[str, tuple[int, ...]]:
+    """`keep` with the same number, the least, in all groups of one size; what is worth least goes."""
+    least: dict[int, int] = {}
+    for group in limits.groups:
+        least[group.size] = min(least.get(group.size, group.size), len(keep[group.name]))
+    sizes = {group.name: group.size for group in limits.groups}
+    return {
+        name: tuple(sorted(sorted(kept, key=lambda unit: -worth[name][unit])[: least[sizes[name]]]))
+        if name in sizes
+        else kept
+        for name, kept in keep.items()
+    }
 
 
 def _scores(
