@@ -139,6 +139,17 @@ class Permuted(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class WithActivation(ChannelsFirst):
+    """A norm that goes on: dropout, then an activation, in modules of their own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.act, self.drop, self.first = nn.GELU(), nn.Dropout(0.0), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(self.first(x))))
+
+
 class Images(nn.Module):
     def __init__(self, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -174,6 +185,7 @@ NORMS = {
     "one module, by keyword": (OneNorm, nn.LayerNorm),
     "channels first": (Images, ChannelsFirst),
     "permuted": (Images, Permuted),
+    "with its activation": (Images, WithActivation),
     "one group": (Images, lambda size: nn.GroupNorm(1, size)),
 }
 

@@ -45,6 +45,7 @@ class Norm:
         centred: True where the mean is subtracted (LayerNorm), False where not (RMSNorm).
         input: the input's tensor in the trace.
         ops: the operations of this call.
+        then: the name of the child that gets the norm's result, where a module goes on after it (an activation); else "".
     """
 
     path: str
@@ -53,6 +54,7 @@ class Norm:
     centred: bool
     input: int
     ops: range
+    then: str = ""
 
     def like(self, other: Norm) -> bool:
         """True where both normalise in the same way."""
@@ -64,12 +66,12 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     modules = dict(model.named_modules())
     found: list[Norm] = []
     others: set[str] = set()  # modules of which some call is no such norm
-    known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], bool] | None] = {}
+    known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], bool, str] | None] = {}
     for path, run in groupby(trace.ops, key=lambda op: op.module):
         ops = list(run)
         module = modules.get(path)
         source = _only_input(ops, trace)
-        if module is None or source is None or next(module.children(), None) is not None:
+        if module is None or source is None or _made_inside(trace, source, path):
             others.add(path)
             continue
         shape = trace.tensors[source].shape
@@ -81,9 +83,15 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
         if behaviour is None:
             others.add(path)
             continue
-        dims, centred = behaviour
-        found.append(Norm(path, dims, dims[0], centred, source, range(ops[0].index, ops[-1].index + 1)))
+        dims, centred, then = behaviour
+        found.append(Norm(path, dims, dims[0], centred, source, range(ops[0].index, ops[-1].index + 1), then))
     return [norm for norm in found if norm.path not in others]
+
+
+def _made_inside(trace: Trace, tensor: int, path: str) -> bool:
+    """True where a child of the module at `path` made the tensor."""
+    maker = next((op.module for op in trace.ops if tensor in op.outputs), None)
+    return maker is not None and (not path or maker.startswith(f"{path}."))
 
 
 def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
@@ -104,29 +112,33 @@ def _only_input(ops: Sequence[Op], trace: Trace) -> int | None:
     return sources.pop() if len(sources) == 1 else None
 
 
-def _behaviour(module: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool] | None:
-    """(averaged dimensions, the channels' first; whether it centres), or None where the module is no such norm."""
+def _behaviour(module: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool, str] | None:
+    """(averaged dimensions, the channels' first; whether it centres; the child that comes next), or None: no such norm."""
     rank = len(shape)
     candidates: list[tuple[int, ...]] = [(-1,)] if rank else []
     if rank > 2:
         candidates += [(1,), tuple(range(1, rank))]
     probe: nn.Module | None = None
+    called: list[tuple[str, Tensor]] = []
     for dims in candidates:
         if shape[dims[0]] < 2:
             continue
         small = [n if d == dims[0] % rank else min(n, 3) for d, n in enumerate(shape)]
         try:
-            probe = _probe(module) if probe is None else probe
+            probe, called = _probe(module) if probe is None else (probe, called)
             for centred in (True, False):
                 if _normalises(probe, small, dims, centred):
-                    return dims, centred
+                    return dims, centred, _next(probe, called, small)
         except Exception:  # whatever a user's forward raises on an input of another size
             continue
     return None
 
 
-def _probe(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in double precision, with random parameters; of a module on the meta device too."""
+def _probe(module: nn.Module) -> tuple[nn.Module, list[tuple[str, Tensor]]]:
+    """A copy on the CPU, in double precision, with random parameters; of a module on the meta device too.
+
+    Its children do nothing; the list gets their names, and what they are called with.
+    """
     draw = torch.Generator().manual_seed(0)
     probe = copy.deepcopy(module)
     probe = (
@@ -135,7 +147,25 @@ def _probe(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in probe.parameters():
             parameter.copy_(0.5 + torch.rand(parameter.shape, generator=draw, dtype=parameter.dtype))
-    return probe
+    called: list[tuple[str, Tensor]] = []
+    for name in [name for name, _ in probe.named_children()]:
+        stub = nn.Identity()
+        stub.register_forward_pre_hook(partial(_note, called, name))
+        setattr(probe, name, stub)
+    return probe, called
+
+
+def _note(called: list[tuple[str, Tensor]], name: str, module: nn.Module, args: Any) -> None:
+    called.append((name, args[0]))
+
+
+@torch.no_grad()
+def _next(probe: nn.Module, called: list[tuple[str, Tensor]], shape: list[int]) -> str:
+    """The child that is the first to get something else than the input; "" where there is none."""
+    called.clear()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    probe.forward(x.clone())
+    return next((name for name, given in called if not torch.equal(given, x)), "")
 
 
 @torch.no_grad()
@@ -172,6 +202,9 @@ class MaskedNorm:
     def __init__(self, norm: Norm, mask: Callable[[Tensor], Tensor]) -> None:
         self.norm = norm
         self.mask = mask
+        self._whole: nn.Module | None = None  # the hooked module, where a child's hook has to call it
+        self._asking = False
+        self._answer: Tensor | None = None
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The input with closed channels at the mean, and the rest spread so that the variance is theirs."""
@@ -193,10 +226,26 @@ class MaskedNorm:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         """The output over the spread; the bias, which was not spread, as it was."""
+        return self._unspread(module, output)
+
+    def between(self, child: nn.Module, args: Any) -> Any:
+        """As `after`, where the module goes on: on what its child gets."""
+        if self._asking:  # what the norm makes of zeros: its bias
+            self._answer = args[0]
+            return args
+        assert self._whole is not None
+        return (self._unspread(self._whole, args[0]), *args[1:])
+
+    def _unspread(self, module: nn.Module, output: Tensor) -> Tensor:
         _, _, spread = self._opened(output)
         last = output.dim() - 1
         shape = [n if d in (self.norm.channel % output.dim(), last) else 1 for d, n in enumerate(output.shape)]
-        bias: Tensor = module.forward(output.new_zeros(shape))
+        self._asking = True
+        try:
+            bias: Tensor = module.forward(output.new_zeros(shape))
+            bias = bias if self._answer is None else self._answer
+        finally:
+            self._asking, self._answer = False, None
         return bias + (output - bias) / spread
 
     def _opened(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,9 +256,13 @@ class MaskedNorm:
         return mask, opened, (mask.numel() / opened).sqrt().to(x.dtype)
 
     def put_on(self, module: nn.Module) -> None:
-        """Hook the module."""
+        """Hook the module, and the child that goes on from the norm's result."""
         module.register_forward_pre_hook(self.before, with_kwargs=True)
-        module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
+        if self.norm.then:
+            self._whole = module
+            module.get_submodule(self.norm.then).register_forward_pre_hook(self.between, prepend=True)
+        else:
+            module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
 
 
 def unhook(module: nn.Module) -> None:
@@ -237,7 +290,8 @@ def norms_masked(model: nn.Module, masks: Mapping[Norm, Tensor]) -> Iterator[Non
         yield
     finally:
         for module in hooked:
-            unhook(module)
+            for part in module.modules():
+                unhook(part)
 
 
 def _beside(mask: Tensor, x: Tensor) -> Tensor:
