@@ -43,8 +43,8 @@ def fit_config(small: nn.Module, example_inputs: Inputs) -> str | None:
     search = _Search(small, example_inputs)
     try:
         found = search.run(copy.deepcopy(small.config), [])
-    except VerificationError as error:
-        return str(error)
+    except Exception as error:  # whatever a constructor or a config of others does must not cost the small model
+        return str(error) if isinstance(error, VerificationError) else f"{type(error).__name__}: {error}"
     if found is None:
         return search.problem
     before = [(path, _get(small.config, path)) for path, _ in found]
@@ -143,7 +143,7 @@ class _Search:
         for old, new in self._attributes(config):
             for path, value in list(_integers(config)):
                 # a number of heads is what modules hold, or what the size of a head that they hold leaves of a width
-                for other in {new if value == old else value, value * old // new} - {value, 0}:
+                for other in {new if value == old else value, value * old // max(new, 1)} - {value, 0}:
                     trial = copy.deepcopy(config)
                     _set(trial, path, other)
                     if path not in done and self._built(trial) == self.want and self._same(trial):
@@ -152,7 +152,7 @@ class _Search:
 
     def _attributes(self, config: Any) -> list[tuple[int, int]]:
         """Integers on the modules of the model built from `config`, and of the small one, where they differ."""
-        model = self._build(config, "meta")
+        model = self._build(config)
         found: dict[tuple[int, int], None] = {}
         if model is not None:
             theirs = dict(self.small.named_modules())
@@ -164,39 +164,49 @@ class _Search:
         return list(found)
 
     def _built(self, config: Any) -> Sizes | None:
-        model = self._build(config, "meta")
+        model = self._build(config)
         return None if model is None else _sizes(model)
 
-    def _build(self, config: Any, device: str) -> nn.Module | None:
+    def _build(self, config: Any) -> nn.Module | None:
+        """The stock model, without memory or values; None where the architecture refuses the combination."""
         self.builds += 1
         if self.builds > _MAX_BUILDS:
             raise VerificationError(f"its {sum(1 for _ in _integers(config))} integers allow too many settings to try")
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
-            with torch.device(device), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with torch.device("meta"), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 return type(self.small)(copy.deepcopy(config))
-        except Exception:  # a combination that the architecture refuses
+        except Exception:
             return None
         finally:
             logging.disable(level)
 
     def _same(self, config: Any) -> bool:
-        """True where the stock model with the small one's state computes what the small one does."""
-        model = self._build(config, "cpu")
+        """True where the stock model with the small one's tensors computes what the small one does."""
+        model = self._build(config)
         if model is None:
             return False
-        tensor = next(iter(self.small.parameters()))
-        model = model.to(device=tensor.device, dtype=tensor.dtype)
         try:
-            model.load_state_dict(self.small.state_dict())
+            model.load_state_dict(self.small.state_dict(), assign=True)
+            _share_buffers(model, self.small)
             want = outputs(self.small, self.example_inputs, False)
             compare(want, outputs(model, self.example_inputs, False), "the model built from the config", at_most=_SAME)
         except Exception as error:
             self.problem = f"the widths fit, but {error}"
             return False
         return True
+
+
+def _share_buffers(model: nn.Module, small: nn.Module) -> None:
+    """Give `model` the buffers of `small` that no state_dict holds; what has another shape there is left out."""
+    theirs = dict(small.named_buffers())
+    for path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            other = theirs.get(f"{path}.{leaf}" if path else leaf)
+            if buffer is not None and buffer.is_meta and other is not None and other.shape == buffer.shape:
+                module._buffers[leaf] = other
 
 
 def _sizes(model: nn.Module) -> Sizes:
