@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.samples.tracking import track
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "migrate_optimizer",
     "plan_channels",
     "save_pruned",
+    "track",
 ]
 
 # Which module holds which of these names; what is not listed here is an error class.
@@ -80,6 +82,7 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
+    "samples.tracking": ("track",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
