@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.samples.recorder import LearnabilityRecorder
+    from prunewise.samples.scores import SampleScores
     from prunewise.samples.tracking import track
 
 __version__ = "0.1.0"
@@ -49,10 +51,12 @@ __all__ = [
     "Cost",
     "DataError",
     "GateSession",
+    "LearnabilityRecorder",
     "NoPrunableGroupError",
     "NonFiniteError",
     "PlanError",
     "PrunewiseError",
+    "SampleScores",
     "SharedParameterError",
     "TraceError",
     "VerificationError",
@@ -82,6 +86,8 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
+    "samples.recorder": ("LearnabilityRecorder",),
+    "samples.scores": ("SampleScores",),
     "samples.tracking": ("track",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
