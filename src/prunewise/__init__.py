@@ -33,13 +33,18 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.samples.agreement import Agreement, agreement
     from prunewise.samples.recorder import LearnabilityRecorder
+    from prunewise.samples.sampling import CurriculumSampler, InfoBatchSampler, WeightedSampler
     from prunewise.samples.scores import SampleScores
+    from prunewise.samples.selection import Triage, select_subset, triage
+    from prunewise.samples.suspecting import Suspects, suspects
     from prunewise.samples.tracking import track
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "AlreadyGatedError",
     "Budget",
     "BudgetError",
@@ -49,8 +54,10 @@ __all__ = [
     "CompressReport",
     "CompressResult",
     "Cost",
+    "CurriculumSampler",
     "DataError",
     "GateSession",
+    "InfoBatchSampler",
     "LearnabilityRecorder",
     "NoPrunableGroupError",
     "NonFiniteError",
@@ -58,9 +65,13 @@ __all__ = [
     "PrunewiseError",
     "SampleScores",
     "SharedParameterError",
+    "Suspects",
     "TraceError",
+    "Triage",
     "VerificationError",
+    "WeightedSampler",
     "__version__",
+    "agreement",
     "apply_plan",
     "attach_gates",
     "channel_groups",
@@ -70,7 +81,10 @@ __all__ = [
     "migrate_optimizer",
     "plan_channels",
     "save_pruned",
+    "select_subset",
+    "suspects",
     "track",
+    "triage",
 ]
 
 # Which module holds which of these names; what is not listed here is an error class.
@@ -86,8 +100,12 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
+    "samples.agreement": ("Agreement", "agreement"),
     "samples.recorder": ("LearnabilityRecorder",),
+    "samples.sampling": ("CurriculumSampler", "InfoBatchSampler", "WeightedSampler"),
     "samples.scores": ("SampleScores",),
+    "samples.selection": ("Triage", "select_subset", "triage"),
+    "samples.suspecting": ("Suspects", "suspects"),
     "samples.tracking": ("track",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

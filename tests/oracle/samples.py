@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 Row = Sequence[float]
@@ -45,7 +46,7 @@ def scores(seen: list[dict[str, float]], window: int) -> dict[str, Any]:
         "observations": n,
         "hits": sum(hits),
         "learnability": sum(hits) / n if n else math.nan,
-        "forgetting_events": sum(1 for a, b in zip(hits, hits[1:], strict=False) if a and not b),
+        "forgetting_events": sum(1 for a, b in pairwise(hits) if a and not b),
         "first_learnt": hits.index(True) if any(hits) else -1,
         "last_missed": misses[-1] if misses else -1,
         "last_wrong": int(seen[misses[-1]]["predicted"]) if misses else -1,
