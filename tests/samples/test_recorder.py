@@ -229,8 +229,8 @@ def test_means_hold_over_a_hundred_million_observations() -> None:
     many = torch.zeros(200_000, dtype=torch.long)
     for _ in range(5):
         rec.update(many, torch.tensor([[8.0, 0.0]]).expand(200_000, 2), many)
-    assert state.counts[0].tolist() == [101_000_000, 1_000_000]
     s = rec.scores()
+    assert state.counts[0].tolist() == [101_000_000, 1_000_000]
     assert s.aum[0] == pytest.approx(8 / 101, rel=1e-6)
     p = 1 / (1 + math.exp(-8))
     assert s.variability[0] == pytest.approx(p * math.sqrt(100) / 101, rel=1e-6)
@@ -240,6 +240,7 @@ def test_single_observations_late_in_a_run_are_not_lost() -> None:
     rec = pw.LearnabilityRecorder(64)
     ids = torch.arange(64)
     rec.update(ids, torch.zeros(64, 2), ids * 0)
+    rec.to("cpu")  # nothing waits any more
     state, start, steps = rec._state, 20_000_000, 500
     assert state is not None
     state.counts[:, 0] = start + ids.int() * 1000
@@ -320,6 +321,48 @@ def test_resuming_changes_no_bit(tmp_path: Any) -> None:
     for name, tensor in straight.state_dict()["tensors"].items():
         assert torch.equal(resumed.state_dict()["tensors"][name], tensor), name
     assert np.array_equal(resumed.trace()[0], straight.trace()[0])
+
+
+def test_looking_in_between_changes_no_bit() -> None:
+    """Batches wait to be worked out together; when that happens must not matter."""
+    looked_at = pw.LearnabilityRecorder(N)
+    for epoch in range(EPOCHS):
+        record(7, epochs=range(epoch, epoch + 1), rec=looked_at)
+        looked_at.scores()
+    same(looked_at.scores(), record(7).scores())
+    twice = [pw.LearnabilityRecorder(3), pw.LearnabilityRecorder(3)]
+    for step in range(50):  # ids that repeat within batches and between them
+        ids = torch.randint(3, (5,), generator=torch.Generator().manual_seed(step))
+        z = torch.randn(5, K, generator=torch.Generator().manual_seed(step))
+        for rec in twice:
+            rec.update(ids, z, ids)
+        twice[0].scores()
+    same(twice[0].scores(), twice[1].scores())
+
+
+def test_tensors_may_be_written_over_after_an_update() -> None:
+    rec, plain = pw.LearnabilityRecorder(N), pw.LearnabilityRecorder(N)
+    ids, z, y = torch.arange(N), logits_of(0), LABELS.clone()
+    plain.update(ids.clone(), z.clone(), y.clone())
+    rec.update(ids, z, y)
+    ids.zero_(), z.zero_(), y.zero_()
+    same(rec.scores(), plain.scores())
+
+
+def test_more_waits_than_there_is_room_for() -> None:
+    n = 10_000
+    z, y = torch.randn(n, K, generator=torch.Generator().manual_seed(0)), torch.arange(n) % K
+    small, whole = pw.LearnabilityRecorder(n), pw.LearnabilityRecorder(n)
+    for ids in torch.arange(n).split(999):
+        small.update(ids, z[ids], y[ids])
+        assert sum(len(row[0]) for row in small._window._rows) <= 4096
+    whole.update(torch.arange(n), z, y)
+    assert len(whole._window) == 0
+    same(small.scores(), whole.scores())
+    wide = pw.LearnabilityRecorder(4)
+    for dtype in (torch.float32, torch.float16, torch.float32):  # kinds that cannot wait together
+        wide.update(torch.arange(4), torch.eye(4, dtype=dtype), torch.arange(4))
+    assert wide.scores().hits.tolist() == [3, 3, 3, 3]
 
 
 def test_resuming_a_recorder_that_saw_nothing() -> None:

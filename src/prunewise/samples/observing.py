@@ -26,7 +26,7 @@ class Observed(NamedTuple):
         predicted: (B,) int64, the class with the highest logit; -1 where there is no single one (multi-label, tokens).
         counted: (B,) bool; False where the sample was not observed at all.
         reasons: (B, 4) bool; why not, the columns `REASONS`.
-        bad_labels: () int64; how many labels are no classes (then the whole batch must be refused).
+        bad: (B,) bool; the label is no class (then the whole batch must be refused).
     """
 
     hit: Tensor
@@ -34,7 +34,7 @@ class Observed(NamedTuple):
     predicted: Tensor
     counted: Tensor
     reasons: Tensor
-    bad_labels: Tensor
+    bad: Tensor
 
 
 def resolve_task(task: str, logits: Tensor, targets: Tensor) -> str:
@@ -108,9 +108,8 @@ def observe(
             # the usual 0. and 1. of BCE losses, or soft ones
             if soft_labels:
                 return _soft(logits, torch.stack([1 - y, y], 1), soft_labels)
-            hard = ((y == 0) | (y == 1) | (y == ignore_index)).all()
-            found = _hard(logits, torch.round(y.nan_to_num(-1.0)).long(), ignore_index)
-            return found._replace(bad_labels=found.bad_labels + (~hard).long())
+            neither = (y != 0) & (y != 1) & (y != ignore_index)
+            return _hard(logits, torch.where(neither, -1, y).long(), ignore_index)._replace(bad=neither)
         return _hard(logits, y, ignore_index)
     if task == "tokens":
         return _tokens(logits, targets, ignore_index, hit_share)
@@ -126,7 +125,7 @@ def _hard(z: Tensor, y: Tensor, ignore_index: int) -> Observed:
     bad = ~ignored & ((y < 0) | (y >= z.shape[1]))
     y = torch.where(ignored | bad, 0, y)
     none = torch.zeros_like(ignored)
-    return _of_class(z, y, None, ignored, none, none, bad.sum())
+    return _of_class(z, y, None, ignored, none, none, bad)
 
 
 def _soft(z: Tensor, t: Tensor, soft_labels: bool) -> Observed:
@@ -138,7 +137,7 @@ def _soft(z: Tensor, t: Tensor, soft_labels: bool) -> Observed:
     second, least = _without(t, y, -torch.inf).amax(1), _without(t, y, torch.inf).amin(1)
     # Smoothing gives all other classes the same; two peaks are a mixture of two samples, which is an observation of neither.
     mixed = torch.zeros_like(wrong) if soft_labels else second - least > 1e-3
-    return _of_class(z, y, t, torch.zeros_like(wrong), mixed, (top == second) & ~mixed, wrong.sum())
+    return _of_class(z, y, t, torch.zeros_like(wrong), mixed, (top == second) & ~mixed, wrong)
 
 
 def _of_class(
@@ -179,7 +178,7 @@ def _multilabel(z: Tensor, t: Tensor) -> Observed:
     none = torch.zeros_like(broken)
     reasons = torch.stack([broken, none, none, none], 1)
     return Observed(
-        margin > 0, _columns(values), torch.full_like(broken, -1, dtype=torch.long), ~broken, reasons, wrong.sum()
+        margin > 0, _columns(values), torch.full_like(broken, -1, dtype=torch.long), ~broken, reasons, wrong
     )
 
 
@@ -196,7 +195,7 @@ def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float) -> Observ
     empty, none = (count == 0) & ~broken, torch.zeros_like(broken)
     return Observed(
         share >= hit_share, values, torch.full_like(count, -1), ~broken & ~empty,
-        torch.stack([broken, empty, none, none], 1), found.bad_labels,
+        torch.stack([broken, empty, none, none], 1), found.bad.view(size, -1).any(1),
     )  # fmt: skip
 
 

@@ -18,13 +18,15 @@ from prunewise.samples.observing import REASONS, TASKS, observe, resolve_task
 from prunewise.samples.passes import record_pass
 from prunewise.samples.scores import SampleScores, from_state
 from prunewise.samples.state import OBSERVATIONS, State, accumulate
+from prunewise.samples.window import Batch, Window, rounds
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 _KIND, _VERSION = "prunewise/learnability-recorder", 1
 MODES = ("train", "clean")
-_BATCHES, _IDS, _LABELS = range(len(REASONS), len(REASONS) + 3)  # columns of the tally after the reasons
+_MIXED = REASONS.index("mixed")
+_BATCHES = len(REASONS)  # of the tally: batches refused, bad ids, bad labels stand after the reasons
 
 
 class LearnabilityRecorder:
@@ -110,8 +112,9 @@ class LearnabilityRecorder:
         self.num_samples, self.mode = int(n), mode
         self.num_classes: int | None = None
         self._task, self._trace, self._trace_margins = task, int(trace), bool(trace_margins)
-        self._window, self._ignore_index = int(el2n_window), int(ignore_index)
+        self._el2n_window, self._ignore_index = int(el2n_window), int(ignore_index)
         self._soft_labels, self._hit_share = bool(soft_labels), float(hit_share)
+        self._window = Window()
         self._state: State | None = None
         self._tally: Tensor | None = None
         self._merged_tally = [0] * (len(REASONS) + 3)
@@ -149,32 +152,23 @@ class LearnabilityRecorder:
         at_once = not torch.compiler.is_compiling()
         if at_once and ids.device.type == "cpu":
             self._check_ids(ids)
-        seen = observe(
-            task, logits, targets,
-            ignore_index=self._ignore_index, soft_labels=self._soft_labels, hit_share=self._hit_share,
-        )  # fmt: skip
-        if at_once and logits.device.type == "cpu" and int(seen.bad_labels):
-            raise DataError(
-                f"{int(seen.bad_labels)} of {len(logits)} samples have labels that do not fit {classes} classes "
-                f"({_range(targets)}): number the classes from 0, give distributions that sum to 1, or leave labels out by "
-                f"ignore_index={self._ignore_index}"
-            )
-        is_mixed = self._mixed(mixed, seen.counted)
-        state, tally = self._allocate(logits.device)
-        device = state.counts.device
-        if device != logits.device:
-            seen = type(seen)(*(t.to(device, non_blocking=True) for t in seen))
-            is_mixed = is_mixed.to(device, non_blocking=True)
-        ids = ids.to(device, non_blocking=True)
-        outside = (ids < 0) | (ids >= self.num_samples)
-        bad_ids, bad_labels = outside.sum(), seen.bad_labels
-        fine = (bad_ids == 0) & (bad_labels == 0)
-        reasons = seen.reasons & ~is_mixed[:, None]
-        counted = torch.stack([reasons[:, 0], reasons[:, 1], reasons[:, 2] | is_mixed, reasons[:, 3]]).sum(1) * fine
-        problems = torch.stack([(~fine).long(), bad_ids, bad_labels])
-        seen = seen._replace(counted=seen.counted & ~is_mixed & fine)
-        accumulate(state, ids.clamp(0, self.num_samples - 1), seen, self._window, self._trace)
-        tally += torch.cat([counted, problems])
+        if at_once and targets.device.type == "cpu":
+            self._check_labels(task, targets, classes)
+        if isinstance(mixed, Tensor) and (mixed.dtype != torch.bool or mixed.shape != ids.shape):
+            raise DataError(f"mixed= is {tuple(mixed.shape)} {mixed.dtype}: give True, or one truth value a sample")
+        if not len(logits):
+            return
+        self._allocate(logits.device)
+        if at_once and task == "multiclass" and targets.ndim == 1:
+            if not self._window.has_room(logits, targets):
+                self._flush()
+            if self._window.has_room(logits, targets):
+                self._window.add(ids, logits, targets, mixed)
+                self._task, self.num_classes = task, classes
+                return
+        if at_once:
+            self._flush()
+        self._record(task, Batch(ids, logits, targets, mixed, None), at_once)
         self._task, self.num_classes = task, classes
 
     def clean_pass(
@@ -212,6 +206,7 @@ class LearnabilityRecorder:
         Raises:
             DataError: on all ranks, where any rank met bad ids or labels; merged all the same.
         """
+        self._flush()
         if is_distributed():
             state, tally = self._allocate(_default_device(group))
             merge_states(state, group)
@@ -224,7 +219,7 @@ class LearnabilityRecorder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state: 40 a sample, and the trace."""
+        """Bytes of the state: 40 a sample, and the trace. At most 4,096 observations and 8 MiB wait besides to be added."""
         return sum(t.nbytes for t in self._state.tensors().values()) if self._state is not None else 0
 
     @property
@@ -252,7 +247,7 @@ class LearnabilityRecorder:
                 "targets) in the training loop"
             )
         info = {
-            "mode": self.mode, "task": self._task, "num_classes": self.num_classes, "el2n_window": self._window,
+            "mode": self.mode, "task": self._task, "num_classes": self.num_classes, "el2n_window": self._el2n_window,
             "not_counted": self.not_counted, "model": model, "seed": seed,
         }  # fmt: skip
         return from_state(self._state, self.index, info, targets)
@@ -266,6 +261,7 @@ class LearnabilityRecorder:
         _require(
             self._trace > 0, "this recorder keeps no trace: make it with trace=, the number of observations to keep"
         )
+        self._flush()
         if self._state is None:
             margins = np.zeros((self.num_samples, self._trace), np.float16) if self._trace_margins else None
             return np.zeros((self.num_samples, self._trace), bool), margins
@@ -277,6 +273,7 @@ class LearnabilityRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that was recorded, as tensors on the CPU and plain values; `load_state_dict` resumes to the bit."""
+        self._flush()
         tensors = {} if self._state is None else self._state.tensors()
         return {
             "kind": _KIND,
@@ -331,7 +328,7 @@ class LearnabilityRecorder:
         if tensors and int((tensors["counts"][:, 1] > tensors["counts"][:, 0]).sum() + (tensors["counts"] < 0).sum()):
             raise CheckpointError("the state is damaged: some samples have more hits than observations")
         device = self._state.counts.device if self._state is not None else None
-        self._state, self._tally = None, None
+        self._window, self._state, self._tally = Window(), None, None
         if tensors:
             loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
             self._state = State(**loaded)
@@ -341,6 +338,7 @@ class LearnabilityRecorder:
 
     def to(self, device: torch.device | str) -> LearnabilityRecorder:
         """Move the state to a device, in place; after loading a state, which lies on the CPU, say."""
+        self._flush()
         if self._state is None:
             self._allocate(torch.device(device))
             return self
@@ -353,7 +351,7 @@ class LearnabilityRecorder:
 
     def _config(self) -> dict[str, Any]:
         return {
-            "n": self.num_samples, "mode": self.mode, "el2n_window": self._window, "ignore_index": self._ignore_index,
+            "n": self.num_samples, "mode": self.mode, "el2n_window": self._el2n_window, "ignore_index": self._ignore_index,
             "soft_labels": self._soft_labels, "hit_share": self._hit_share, "trace": self._trace,
             "trace_margins": self._trace_margins, "ids": None if self.index.is_dense else self.index.hash(),
         }  # fmt: skip
@@ -385,6 +383,72 @@ class LearnabilityRecorder:
             )
         return ids.detach().reshape(-1).long()
 
+    def _flush(self) -> None:
+        """Record the batches that wait."""
+        if len(self._window):
+            self._record("multiclass", self._window.take(), True)
+
+    @torch.no_grad()
+    def _record(self, task: str, given: Batch, at_once: bool) -> None:
+        seen = observe(
+            task, given.logits, given.targets,
+            ignore_index=self._ignore_index, soft_labels=self._soft_labels, hit_share=self._hit_share,
+        )  # fmt: skip
+        device = given.logits.device
+        on_cpu = at_once and device.type == "cpu"
+        if on_cpu and bool(seen.bad.any()):
+            raise DataError(self._bad_labels(seen.bad, given.targets))
+        mixed = given.mixed
+        is_mixed = (
+            mixed.to(device, non_blocking=True) if isinstance(mixed, Tensor) else torch.full_like(seen.hit, mixed)
+        )
+        state, tally = self._allocate(device)
+        home = state.counts.device
+        if home != device:
+            seen = type(seen)(*(t.to(home, non_blocking=True) for t in seen))
+            is_mixed = is_mixed.to(home, non_blocking=True)
+        ids = given.ids.to(home, non_blocking=True)
+        batch = torch.zeros_like(ids) if given.batch is None else given.batch.to(home, non_blocking=True)
+        outside = (ids < 0) | (ids >= self.num_samples)
+        # a batch with a bad id or label is left out as a whole
+        spoiled = torch.zeros(max(1, len(ids)), dtype=torch.long, device=home)
+        spoiled = spoiled.index_add_(0, batch, (outside | seen.bad).long()) > 0
+        fine = ~spoiled[batch]
+        reasons = seen.reasons & (fine & ~is_mixed)[:, None]
+        reasons[:, _MIXED] |= is_mixed & fine
+        problems = torch.stack([spoiled.sum(), outside.sum(), seen.bad.sum()])
+        seen = seen._replace(counted=seen.counted & ~is_mixed & fine)
+        ids = ids.clamp(0, self.num_samples - 1)
+        # Where looking costs nothing, each batch is recorded after the other: no rounding depends on how long it waited.
+        turn = rounds(ids, batch) if on_cpu and given.batch is not None and home == device else None
+        turns = 1 if turn is None else int(turn.max()) + 1
+        for number in range(turns):
+            if turn is None or turns == 1:
+                accumulate(state, ids, seen, self._el2n_window, self._trace)
+            else:
+                chosen = turn == number
+                part = type(seen)(*(t[chosen] for t in seen))
+                accumulate(state, ids[chosen], part, self._el2n_window, self._trace)
+        tally += torch.cat([reasons.sum(0), problems])
+
+    def _check_labels(self, task: str, targets: Tensor, classes: int) -> None:
+        """Class numbers that are none, found before anything else is done with the batch."""
+        if task == "multilabel" or targets.is_floating_point() or not targets.numel():
+            return
+        labels = targets.long()
+        low, high = labels.aminmax()
+        if int(low) < 0 or int(high) >= classes:
+            bad = (labels != self._ignore_index) & ((labels < 0) | (labels >= classes))
+            if bool(bad.any()):
+                raise DataError(self._bad_labels(bad.flatten(1).any(1) if bad.ndim > 1 else bad, targets, classes))
+
+    def _bad_labels(self, bad: Tensor, targets: Tensor, classes: int | None = None) -> str:
+        return (
+            f"{int(bad.sum())} of {len(bad)} samples have labels that do not fit "
+            f"{'the task' if classes is None else f'{classes} classes'} ({_range(targets)}): number the classes from 0, give "
+            f"distributions that sum to 1, or leave labels out by ignore_index={self._ignore_index}"
+        )
+
     def _check_ids(self, ids: Tensor) -> None:
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.num_samples):
             wrong = ids[(ids < 0) | (ids >= self.num_samples)]
@@ -393,14 +457,8 @@ class LearnabilityRecorder:
                 "recorder for the whole data set, LearnabilityRecorder(len(tracked))"
             )
 
-    def _mixed(self, mixed: Tensor | bool, like: Tensor) -> Tensor:
-        if not isinstance(mixed, Tensor):
-            return torch.full_like(like, bool(mixed))
-        if mixed.dtype != torch.bool or mixed.shape != like.shape:
-            raise DataError(f"mixed= is {tuple(mixed.shape)} {mixed.dtype}: give True, or one truth value a sample")
-        return mixed.to(like.device, non_blocking=True)
-
     def _whole_tally(self) -> list[int]:
+        self._flush()
         local = [0] * len(self._merged_tally) if self._tally is None else self._tally.tolist()
         return [a + b for a, b in zip(self._merged_tally, local, strict=True)]
 
