@@ -258,6 +258,53 @@ def test_compiled_updates_equal_eager_ones_and_find_bad_input_later() -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(eager.scores(), name), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("task", "logits", "targets"),
+    [("auto", (8, K), (8,)), ("auto", (8, 3, K), (8, 3)), ("multilabel", (8, K), (8, K)), ("auto", (8,), (8,))],
+)
+def test_an_update_reads_no_value_back(task: str, logits: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    """Tensors on the meta device have no values: what would wait for a GPU is an error here."""
+    rec = pw.LearnabilityRecorder(50, task=task, trace=9, trace_margins=True)
+    for _ in range(3):
+        ids = torch.zeros(8, dtype=torch.long, device="meta")
+        y = torch.zeros(targets, dtype=torch.long, device="meta")
+        rec.update(ids, torch.zeros(logits, device="meta"), y, mixed=torch.zeros(8, dtype=torch.bool, device="meta"))
+    rec._flush()
+    assert rec._state is not None and rec._state.counts.is_meta
+    with pytest.raises(NotImplementedError):
+        rec.scores()
+    soft = pw.LearnabilityRecorder(50)
+    soft.update(torch.arange(8), torch.zeros(8, K, device="meta"), torch.zeros(8, K, device="meta"))
+
+
+def test_only_the_bad_batch_is_left_out_later() -> None:
+    """Three batches worked out together without looking, as on a GPU; the second one has a bad label."""
+    rec = pw.LearnabilityRecorder(9)
+    labels = torch.tensor([0, 1, 2])
+    for number in range(3):
+        z = torch.eye(K)[labels]
+        y = labels.clone()
+        y[1] = K if number == 1 else 1
+        rec._window.add(labels + 3 * number, z, y, False)
+    rec.num_classes = K
+    rec._record("multiclass", rec._window.take(), at_once=False)
+    with pytest.raises(pw.DataError, match="1 batches were not recorded: 0 sample ids.*1 samples had labels"):
+        rec.scores()
+    assert rec.scores().hits.tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+def test_repeats_worked_out_together_are_observed_in_order() -> None:
+    later, at_once = pw.LearnabilityRecorder(4), pw.LearnabilityRecorder(4)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        ids, y = torch.randint(4, (6,), generator=generator), torch.randint(K, (6,), generator=generator)
+        z = torch.randn(6, K, generator=generator)
+        later._window.add(ids, z, y, False)
+        at_once.update(ids, z, y)
+    later._record("multiclass", later._window.take(), at_once=False)
+    same(later.scores(), at_once.scores())
+
+
 # -- clean passes -------------------------------------------------------------------------------------------------
 
 

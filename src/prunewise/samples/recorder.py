@@ -11,7 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise.core.errors import CheckpointError, DataError
+from prunewise.core.errors import DataError
+from prunewise.samples.checking import (
+    KIND,
+    VERSION,
+    bad_labels,
+    check_ids,
+    check_labels,
+    checked_state,
+    is_count,
+    numbers_of,
+)
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.merging import is_distributed, merge_states, sum_over_ranks
 from prunewise.samples.observing import REASONS, TASKS, observe, resolve_task
@@ -23,7 +33,6 @@ from prunewise.samples.window import Batch, Window, rounds
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_KIND, _VERSION = "prunewise/learnability-recorder", 1
 MODES = ("train", "clean")
 _MIXED = REASONS.index("mixed")
 _BATCHES = len(REASONS)  # of the tally: batches refused, bad ids, bad labels stand after the reasons
@@ -98,14 +107,14 @@ class LearnabilityRecorder:
         ids: Sequence[Any] | SampleIndex | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        _require(_is_count(n) and 1 <= n < 1 << 31, f"n={n!r} should be the number of samples, an int of at least 1")
+        _require(is_count(n) and 1 <= n < 1 << 31, f"n={n!r} should be the number of samples, an int of at least 1")
         _require(task in TASKS, f"task={task!r} should be one of {', '.join(TASKS)}")
         _require(mode in MODES, f"mode={mode!r} should be 'train' or 'clean'")
-        _require(_is_count(el2n_window) and el2n_window >= 1, f"el2n_window={el2n_window!r} should be an int ≥ 1")
-        _require(_is_count(ignore_index, -(1 << 62)), f"ignore_index={ignore_index!r} should be an int")
+        _require(is_count(el2n_window) and el2n_window >= 1, f"el2n_window={el2n_window!r} should be an int ≥ 1")
+        _require(is_count(ignore_index, -(1 << 62)), f"ignore_index={ignore_index!r} should be an int")
         share = isinstance(hit_share, (int, float)) and not isinstance(hit_share, bool) and 0 < hit_share <= 1
         _require(share, f"hit_share={hit_share!r} should be a share in (0, 1]")
-        _require(_is_count(trace) and trace < _TRACE_MAX, f"trace={trace!r} should be an int in [0, {_TRACE_MAX})")
+        _require(is_count(trace) and trace < _TRACE_MAX, f"trace={trace!r} should be an int in [0, {_TRACE_MAX})")
         _require(trace > 0 or not trace_margins, "trace_margins=True needs trace=: how many observations to keep")
         self.index = SampleIndex(n) if ids is None else ids if isinstance(ids, SampleIndex) else SampleIndex(ids)
         _require(len(self.index) == n, f"{len(self.index):,} ids for n={n:,} samples")
@@ -148,12 +157,12 @@ class LearnabilityRecorder:
             raise DataError(
                 f"logits of {classes} classes, after {self.num_classes} in earlier batches: one recorder, one set of classes"
             )
-        ids = self._numbers(sample_ids, len(logits))
+        ids = numbers_of(sample_ids, len(logits), self.index)
         at_once = not torch.compiler.is_compiling()
         if at_once and ids.device.type == "cpu":
-            self._check_ids(ids)
+            check_ids(ids, self.num_samples)
         if at_once and targets.device.type == "cpu":
-            self._check_labels(task, targets, classes)
+            check_labels(task, targets, classes, self._ignore_index)
         if isinstance(mixed, Tensor) and (mixed.dtype != torch.bool or mixed.shape != ids.shape):
             raise DataError(f"mixed= is {tuple(mixed.shape)} {mixed.dtype}: give True, or one truth value a sample")
         if not len(logits):
@@ -276,8 +285,8 @@ class LearnabilityRecorder:
         self._flush()
         tensors = {} if self._state is None else self._state.tensors()
         return {
-            "kind": _KIND,
-            "version": _VERSION,
+            "kind": KIND,
+            "version": VERSION,
             "config": self._config(),
             "task": self._task,
             "num_classes": self.num_classes,
@@ -293,48 +302,19 @@ class LearnabilityRecorder:
             CheckpointError: the state is damaged, of another version, or of a recorder with other settings or samples.
                 Nothing is changed then.
         """
-        saved = state_dict if isinstance(state_dict, Mapping) else {}
-        if saved.get("kind") != _KIND:
-            raise CheckpointError("this is no state of a LearnabilityRecorder: give what its state_dict() returned")
-        if saved.get("version") != _VERSION:
-            raise CheckpointError(f"state of version {saved.get('version')!r}; this prunewise reads version {_VERSION}")
-        config = saved.get("config")
-        mine = self._config()
-        if not isinstance(config, Mapping) or set(config) != set(mine):
-            raise CheckpointError("the state is damaged: its settings are missing")
-        for name, value in mine.items():
-            if config[name] != value:
-                raise CheckpointError(
-                    f"the state was saved with {name}={config[name]!r}, this recorder has {value!r}: make it with the "
-                    "settings, and for the data set, of the run that is gone on with"
-                )
-        task, classes = saved.get("task"), saved.get("num_classes")
-        tallies = [saved.get("tally"), saved.get("merged_tally")]
-        sound = task in TASKS and (classes is None or _is_count(classes))
-        length = len(self._merged_tally)
-        sound = sound and all(isinstance(t, list) and len(t) == length and all(map(_is_count, t)) for t in tallies)
-        tensors = saved.get("tensors")
-        if not sound or not isinstance(tensors, Mapping):
-            raise CheckpointError("the state is damaged: its task, tally or tensors are not valid")
-        empty = State.empty(0, torch.device("cpu"), self._trace, self._trace_margins).tensors()
-        if tensors and set(tensors) != set(empty):
-            raise CheckpointError(f"the state is damaged: it holds {sorted(tensors)}, and should hold {sorted(empty)}")
-        for name, tensor in tensors.items():
-            wanted = (self.num_samples, *empty[name].shape[1:])
-            fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == wanted and tensor.dtype == empty[name].dtype
-            if not fits:
-                found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise CheckpointError(f"the state is damaged: {name} is {found}, not {wanted} {empty[name].dtype}")
-        if tensors and int((tensors["counts"][:, 1] > tensors["counts"][:, 0]).sum() + (tensors["counts"] < 0).sum()):
-            raise CheckpointError("the state is damaged: some samples have more hits than observations")
+        saved = checked_state(state_dict, self._config(), len(self._merged_tally))
+        tensors, tally = saved["tensors"], saved["tally"]
         device = self._state.counts.device if self._state is not None else None
         self._window, self._state, self._tally = Window(), None, None
         if tensors:
             loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
             self._state = State(**loaded)
-            self._tally = torch.tensor(tallies[0], dtype=torch.int64, device=self._state.counts.device)
-        assert isinstance(tallies[1], list) and isinstance(task, str)
-        self._merged_tally, self._task, self.num_classes = list(tallies[1]), task, classes
+            self._tally = torch.tensor(tally, dtype=torch.int64, device=self._state.counts.device)
+        self._merged_tally, self._task, self.num_classes = (
+            list(saved["merged_tally"]),
+            saved["task"],
+            saved["num_classes"],
+        )
 
     def to(self, device: torch.device | str) -> LearnabilityRecorder:
         """Move the state to a device, in place; after loading a state, which lies on the CPU, say."""
@@ -362,27 +342,6 @@ class LearnabilityRecorder:
             self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
         return self._state, self._tally
 
-    def _numbers(self, sample_ids: Any, size: int) -> Tensor:
-        """Dense numbers, (B,) int64, wherever the ids lie."""
-        if isinstance(sample_ids, Tensor) and self.index.is_dense:
-            ids = sample_ids
-        elif isinstance(sample_ids, (Tensor, np.ndarray, list, tuple)):
-            # Ints in a tensor are numbers already, as `track` made them; a list may hold the samples' own ids.
-            listed = sample_ids.tolist() if isinstance(sample_ids, (Tensor, np.ndarray)) else list(sample_ids)
-            own = not isinstance(sample_ids, Tensor)
-            ids = torch.tensor([self.index.number(i) if own else i for i in listed], dtype=torch.int64)
-        else:
-            raise DataError(f"the sample ids are a {type(sample_ids).__name__}: give a tensor of shape ({size},)")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise DataError(
-                f"the sample ids are {ids.dtype}: ids are whole numbers, as track() puts them into the samples"
-            )
-        if ids.numel() != size or ids.ndim > 2:
-            raise DataError(
-                f"{tuple(ids.shape)} sample ids for the logits of {size} samples: one id for each, in the same order"
-            )
-        return ids.detach().reshape(-1).long()
-
     def _flush(self) -> None:
         """Record the batches that wait."""
         if len(self._window):
@@ -397,7 +356,7 @@ class LearnabilityRecorder:
         device = given.logits.device
         on_cpu = at_once and device.type == "cpu"
         if on_cpu and bool(seen.bad.any()):
-            raise DataError(self._bad_labels(seen.bad, given.targets))
+            raise DataError(bad_labels(seen.bad, given.targets, None, self._ignore_index))
         mixed = given.mixed
         is_mixed = (
             mixed.to(device, non_blocking=True) if isinstance(mixed, Tensor) else torch.full_like(seen.hit, mixed)
@@ -431,32 +390,6 @@ class LearnabilityRecorder:
                 accumulate(state, ids[chosen], part, self._el2n_window, self._trace)
         tally += torch.cat([reasons.sum(0), problems])
 
-    def _check_labels(self, task: str, targets: Tensor, classes: int) -> None:
-        """Class numbers that are none, found before anything else is done with the batch."""
-        if task == "multilabel" or targets.is_floating_point() or not targets.numel():
-            return
-        labels = targets.long()
-        low, high = labels.aminmax()
-        if int(low) < 0 or int(high) >= classes:
-            bad = (labels != self._ignore_index) & ((labels < 0) | (labels >= classes))
-            if bool(bad.any()):
-                raise DataError(self._bad_labels(bad.flatten(1).any(1) if bad.ndim > 1 else bad, targets, classes))
-
-    def _bad_labels(self, bad: Tensor, targets: Tensor, classes: int | None = None) -> str:
-        return (
-            f"{int(bad.sum())} of {len(bad)} samples have labels that do not fit "
-            f"{'the task' if classes is None else f'{classes} classes'} ({_range(targets)}): number the classes from 0, give "
-            f"distributions that sum to 1, or leave labels out by ignore_index={self._ignore_index}"
-        )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.num_samples):
-            wrong = ids[(ids < 0) | (ids >= self.num_samples)]
-            raise DataError(
-                f"sample id {int(wrong[0])} is not in [0, {self.num_samples:,}) ({len(wrong)} of {len(ids)} are not): make the "
-                "recorder for the whole data set, LearnabilityRecorder(len(tracked))"
-            )
-
     def _whole_tally(self) -> list[int]:
         self._flush()
         local = [0] * len(self._merged_tally) if self._tally is None else self._tally.tolist()
@@ -487,16 +420,8 @@ def _classes(task: str, logits: Tensor, targets: Tensor) -> int:
     return math.prod(logits.shape[1:])
 
 
-def _range(targets: Tensor) -> str:
-    return f"they lie between {targets.min().item():g} and {targets.max().item():g}" if targets.numel() else "none"
-
-
 def _reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none was left out"
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _require(condition: bool, message: str) -> None:
