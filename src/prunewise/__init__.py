@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
     from prunewise.samples.agreement import Agreement, agreement
+    from prunewise.samples.pictures import plot_agreement, plot_data_map, plot_histogram
     from prunewise.samples.recorder import LearnabilityRecorder
     from prunewise.samples.sampling import CurriculumSampler, InfoBatchSampler, WeightedSampler
     from prunewise.samples.scores import SampleScores
     from prunewise.samples.selection import Triage, select_subset, triage
+    from prunewise.samples.selector import SampleSelector
     from prunewise.samples.suspecting import Suspects, suspects
     from prunewise.samples.tracking import track
 
@@ -64,6 +66,7 @@ __all__ = [
     "PlanError",
     "PrunewiseError",
     "SampleScores",
+    "SampleSelector",
     "SharedParameterError",
     "Suspects",
     "TraceError",
@@ -80,6 +83,9 @@ __all__ = [
     "measure",
     "migrate_optimizer",
     "plan_channels",
+    "plot_agreement",
+    "plot_data_map",
+    "plot_histogram",
     "save_pruned",
     "select_subset",
     "suspects",
@@ -101,10 +107,12 @@ _HOMES = {
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
     "samples.agreement": ("Agreement", "agreement"),
+    "samples.pictures": ("plot_agreement", "plot_data_map", "plot_histogram"),
     "samples.recorder": ("LearnabilityRecorder",),
     "samples.sampling": ("CurriculumSampler", "InfoBatchSampler", "WeightedSampler"),
     "samples.scores": ("SampleScores",),
     "samples.selection": ("Triage", "select_subset", "triage"),
+    "samples.selector": ("SampleSelector",),
     "samples.suspecting": ("Suspects", "suspects"),
     "samples.tracking": ("track",),
 }

@@ -110,6 +110,12 @@ class SampleScores:
             raise DataError(f"{by!r} is no score of difficulty: choose one of {', '.join(DIRECTION)}")
         return np.asarray(getattr(self, by), dtype=np.float64) * DIRECTION[by]
 
+    def take(self, numbers: Any) -> SampleScores:
+        """The scores of some samples, by number, as scores of a data set of their own."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
+        return SampleScores(**columns, info={**self.info, "label_hash": None})
+
     def check_targets(self, targets: Any) -> npt.NDArray[Any]:
         """The labels as an array, if they are those that the scores were recorded with (as far as is known).
 
