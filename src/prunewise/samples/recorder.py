@@ -47,6 +47,9 @@ class LearnabilityRecorder:
 
     `update` never waits for a GPU and never talks to other ranks. So on a GPU bad ids and labels are found later: their batch is
     left out as a whole, and `scores` and `reduce` say so. On the CPU they are an error at once.
+    Batches of class numbers wait, some thirty together, until they are worked out. On the CPU no bit depends on that; on a GPU the
+    last bit of a mean may, where one sample comes twice within that time. Devices without float64 (MPS) are not supported: give
+    `logits.cpu()`.
 
     An observation is one sample in one batch; it is not counted (see `not_counted`) where its logits hold NaN, +inf or
     nothing but -inf; where its label is `ignore_index`; where a soft label has two peaks (mixup, CutMix: the input is no
