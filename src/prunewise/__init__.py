@@ -33,10 +33,20 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.samples.agreement import Agreement, agreement
+    from prunewise.samples.pictures import plot_agreement, plot_data_map, plot_histogram
+    from prunewise.samples.recorder import LearnabilityRecorder
+    from prunewise.samples.sampling import CurriculumSampler, InfoBatchSampler, WeightedSampler
+    from prunewise.samples.scores import SampleScores
+    from prunewise.samples.selection import Triage, select_subset, triage
+    from prunewise.samples.selector import SampleSelector
+    from prunewise.samples.suspecting import Suspects, suspects
+    from prunewise.samples.tracking import track
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "AlreadyGatedError",
     "Budget",
     "BudgetError",
@@ -46,16 +56,25 @@ __all__ = [
     "CompressReport",
     "CompressResult",
     "Cost",
+    "CurriculumSampler",
     "DataError",
     "GateSession",
+    "InfoBatchSampler",
+    "LearnabilityRecorder",
     "NoPrunableGroupError",
     "NonFiniteError",
     "PlanError",
     "PrunewiseError",
+    "SampleScores",
+    "SampleSelector",
     "SharedParameterError",
+    "Suspects",
     "TraceError",
+    "Triage",
     "VerificationError",
+    "WeightedSampler",
     "__version__",
+    "agreement",
     "apply_plan",
     "attach_gates",
     "channel_groups",
@@ -64,7 +83,14 @@ __all__ = [
     "measure",
     "migrate_optimizer",
     "plan_channels",
+    "plot_agreement",
+    "plot_data_map",
+    "plot_histogram",
     "save_pruned",
+    "select_subset",
+    "suspects",
+    "track",
+    "triage",
 ]
 
 # Which module holds which of these names; what is not listed here is an error class.
@@ -80,6 +106,15 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
+    "samples.agreement": ("Agreement", "agreement"),
+    "samples.pictures": ("plot_agreement", "plot_data_map", "plot_histogram"),
+    "samples.recorder": ("LearnabilityRecorder",),
+    "samples.sampling": ("CurriculumSampler", "InfoBatchSampler", "WeightedSampler"),
+    "samples.scores": ("SampleScores",),
+    "samples.selection": ("Triage", "select_subset", "triage"),
+    "samples.selector": ("SampleSelector",),
+    "samples.suspecting": ("Suspects", "suspects"),
+    "samples.tracking": ("track",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,0 +1,1 @@
+"""How easy each training sample is to learn, and what to do with it."""

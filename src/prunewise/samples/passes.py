@@ -1,0 +1,80 @@
+"""A clean pass: the model as it is, on the samples as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunewise.core.errors import DataError
+from prunewise.samples.tracking import FIELD
+
+_LABELS = ("labels", "targets", "label", "target")
+
+
+class _Records(Protocol):
+    def update(self, sample_ids: Any, logits: Tensor, targets: Tensor) -> None: ...
+
+
+def record_pass(
+    recorder: _Records,
+    model: nn.Module,
+    loader: Iterable[Any],
+    forward: Callable[[nn.Module, Any], tuple[Any, Tensor, Tensor]] | None,
+    device: torch.device | str | None,
+) -> None:
+    """Update `recorder` with every batch of `loader`; modes of all modules are as before when it ends, by an error too."""
+    if device is None:
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else None
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                if device is not None:
+                    batch = _moved(batch, device)
+                ids, logits, targets = _forward(model, batch) if forward is None else forward(model, batch)
+                recorder.update(ids, logits, targets)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _forward(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
+    if isinstance(batch, Mapping) and FIELD in batch:
+        label = next((name for name in _LABELS if name in batch), None)
+        if label is not None:
+            output = model(**{k: v for k, v in batch.items() if k not in (FIELD, label)})
+            return batch[FIELD], _logits(output), batch[label]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 3:
+        return batch[2], _logits(model(batch[0])), batch[1]
+    found = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    if isinstance(batch, (tuple, list)):
+        found += f" of {len(batch)}"
+    raise DataError(
+        f"the loader gives {found}: expected (inputs, targets, sample ids) of a tracked data set, or a dict with "
+        f"'{FIELD}' and 'labels'; otherwise give forward=, a function of (model, batch)"
+    )
+
+
+def _logits(output: Any) -> Tensor:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        raise DataError(f"the model returns a {type(output).__name__} without logits: give forward=")
+    return found
+
+
+def _moved(batch: Any, device: torch.device | str) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {k: _moved(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        kind: Any = type(batch)
+        return kind(*(_moved(v, device) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_moved(v, device) for v in batch)
+    return batch

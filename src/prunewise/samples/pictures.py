@@ -1,0 +1,95 @@
+"""Pictures of the scores; each needs the extra `plot` and returns matplotlib Axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from prunewise.core.errors import DataError, PrunewiseError
+from prunewise.samples.agreement import agreement
+from prunewise.samples.scores import SampleScores
+
+
+def plot_data_map(scores: SampleScores, *, axes: Any = None, max_points: int = 20_000, seed: int = 0) -> Any:
+    """The data map: variability against confidence, a point a sample, coloured by learnability (Swayamdipta et al. 2020).
+
+    Left and high are easy samples, left and low hard (or mislabelled) ones, right the ambiguous ones.
+
+    Args:
+        scores: samples never observed are left out.
+        axes: where to draw; default: a new figure.
+        max_points: more samples than this are thinned out at random.
+        seed: of the thinning.
+    """
+    axes = _axes(axes)
+    seen = np.flatnonzero(scores.observations > 0)
+    if len(seen) > max_points:
+        seen = np.sort(np.random.default_rng(seed).permutation(seen)[:max_points])
+    drawn = axes.scatter(
+        scores.variability[seen],
+        scores.confidence[seen],
+        c=scores.learnability[seen],
+        s=6,
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+    )
+    axes.figure.colorbar(drawn, ax=axes, label="learnability")
+    axes.set(xlabel="variability", ylabel="confidence", xlim=(0, 0.5), ylim=(0, 1), title=f"{len(seen):,} samples")
+    return axes
+
+
+def plot_histogram(
+    scores: SampleScores, targets: Any = None, *, by: str = "learnability", bins: int = 20, axes: Any = None
+) -> Any:
+    """How many samples have which score; one line a class where labels are given, else bars.
+
+    Raises:
+        DataError: labels of another data set, or not one a sample.
+    """
+    axes = _axes(axes)
+    scores.difficulty(by)  # says so where there is no such score
+    values, seen = getattr(scores, by), scores.observations > 0
+    edges = np.histogram_bin_edges(values[seen], bins)
+    if targets is None:
+        axes.hist(values[seen], edges)
+    else:
+        labels = scores.check_targets(targets)
+        if labels.ndim != 1:
+            raise DataError(f"labels of shape {labels.shape}: the histogram by class takes one label a sample")
+        for label in np.unique(labels):
+            axes.stairs(np.histogram(values[seen & (labels == label)], edges)[0], edges, label=str(label))
+        axes.legend(title="class", fontsize="small")
+    axes.set(xlabel=by, ylabel="samples")
+    return axes
+
+
+def plot_agreement(a: SampleScores, b: SampleScores, *, by: str = "learnability", axes: Any = None) -> Any:
+    """One run's scores against another's, a point a sample, with Pearson and Spearman in the title.
+
+    Raises:
+        DataError: scores of different data sets; see `agreement`.
+    """
+    found = agreement([a, b], by=by, bootstrap=100)
+    axes = _axes(axes)
+    seen = (a.observations > 0) & (b.observations > 0)
+    axes.scatter(getattr(a, by)[seen], getattr(b, by)[seen], s=4, alpha=0.3)
+    title = f"Pearson {found.pearson_intervals[0, 1]}\nSpearman {found.spearman_intervals[0, 1]}"
+    axes.set(xlabel=f"{by}, {_named(a, 'first run')}", ylabel=f"{by}, {_named(b, 'second run')}", title=title)
+    return axes
+
+
+def _named(scores: SampleScores, otherwise: str) -> str:
+    model, seed = scores.info.get("model"), scores.info.get("seed")
+    return otherwise if model is None else f"{model}" if seed is None else f"{model}, seed {seed}"
+
+
+def _axes(axes: Any) -> Any:
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PrunewiseError("pictures need matplotlib: pip install 'prunewise[plot]'") from error
+    return Figure(layout="constrained").subplots()  # no pyplot: nothing is shown or kept behind the user's back

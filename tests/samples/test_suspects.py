@@ -1,0 +1,212 @@
+"""Suspects, triage and subsets: on scores made by hand, and on a real training with flipped labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prunewise as pw
+from prunewise.samples.selection import GROUPS
+from prunewise.samples.suspecting import suspect_threshold, two_groups
+
+
+def scores_of(
+    learnability: Any, *, labels: Any = None, mode: str = "train", margins: Any = None, **changes: Any
+) -> pw.SampleScores:
+    """Scores with a given learnability (in thousandths) and mean margins."""
+    share = np.asarray(learnability, dtype=np.float64)
+    n = len(share)
+    hits = np.round(share * 1000).astype(np.int64)
+    margin = 2 * share - 1 if margins is None else np.asarray(margins, dtype=np.float64)
+    from prunewise.samples.ids import hash_array
+    from prunewise.samples.scores import as_labels
+
+    zeros = np.zeros(n, np.int64)
+    columns = {
+        "sample_id": np.arange(n), "observations": zeros + 1000, "hits": hits, "forgetting_events": zeros,
+        "first_learnt": zeros - (hits == 0), "last_missed": zeros, "aum": 5 * margin, "aum_softmax": margin,
+        "el2n": 1 - share, "confidence": share, "variability": share * (1 - share), "loss": 1 - share,
+        "last_wrong": zeros + 1,
+    }  # fmt: skip
+    info = {"mode": mode, "label_hash": None if labels is None else hash_array(as_labels(labels))}
+    return pw.SampleScores(**{**columns, **changes}, info=info)  # type: ignore[arg-type]
+
+
+# -- suspects -----------------------------------------------------------------------------------------------------
+
+
+def test_worst_first_with_what_is_known_of_them() -> None:
+    margins = np.array([0.9, -0.7, 0.8, -0.95, 0.85, 0.9, -0.7])
+    s = scores_of(np.full(7, 0.5), margins=margins, last_wrong=np.arange(7), sample_id=np.array(list("abcdefg")))
+    found = pw.suspects(s, np.arange(7) * 2)
+    assert found.sample_id.tolist() == ["d", "b", "g"]
+    assert found.score.tolist() == [0.95, 0.7, 0.7]
+    assert found.number.tolist() == found.proposed_label.tolist() == [3, 1, 6]
+    assert found.given_label.tolist() == [6, 2, 12]
+    assert found.estimated_count == len(found) == 3 and -0.8 < found.threshold < 0.7
+    assert "| d | 0.950 | 6 | 3 |" in found.table()
+    assert pw.suspects(s, np.arange(7) * 2, limit=1).sample_id.tolist() == ["d"]
+    assert pw.suspects(s, np.arange(7) * 2, limit=1).estimated_count == 3
+    assert len(pw.suspects(s, np.arange(7) * 2, threshold=0.9)) == 1
+
+
+def test_clean_data_have_no_suspects() -> None:
+    margins = np.random.default_rng(0).beta(8, 2, size=1000)
+    assert len(pw.suspects(scores_of(np.ones(1000), margins=margins), np.zeros(1000))) == 0
+
+
+def test_the_threshold_lies_where_the_data_split() -> None:
+    random = np.random.default_rng(0)
+    for low, high in ((-0.6, 0.4), (-0.9, 0.2), (-0.2, 0.8)):
+        score = np.concatenate([random.normal(low, 0.05, 900), random.normal(high, 0.05, 100)])
+        assert low + 0.2 < suspect_threshold(score) < high - 0.2
+    assert suspect_threshold(random.normal(-0.8, 0.05, 100)) == 0  # one group, accepted
+    assert suspect_threshold(np.array([-0.9, -0.3])) == 0  # two groups, both accepted
+
+
+def test_two_groups_against_all_cuts() -> None:
+    values = np.random.default_rng(1).normal(size=30).round(1)
+
+    def within(cut: float) -> float:
+        parts = [values[values <= cut], values[values > cut]]
+        return sum(((p - p.mean()) ** 2).sum() for p in parts if len(p))
+
+    best = min(within(c) for c in values)
+    assert within(two_groups(values)) == pytest.approx(best)
+    assert two_groups(np.ones(4)) == 1 and two_groups(np.array([])) == 0
+
+
+def test_samples_never_seen_are_no_suspects() -> None:
+    s = scores_of([0.5, 0.5], margins=[-0.9, np.nan], observations=np.array([1000, 0]), hits=np.array([500, 0]))
+    assert pw.suspects(s, [0, 0]).number.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: pw.suspects(s, [0, 1]), "2 labels for the scores of 3"),
+        (lambda s: pw.suspects(s, [0, 1, 2]), "not the labels that the scores were recorded with"),
+        (lambda s: pw.suspects([1.0], [0]), "takes SampleScores"),
+        (lambda s: pw.suspects(s, [0, 0, 0], limit=-1), "limit=-1"),
+        (lambda s: pw.suspects(s, [0, 0, 0], threshold=2), "threshold=2"),
+        (lambda s: pw.triage(s, [0, 0, 0], ambiguous=2), "ambiguous=2"),
+        (lambda s: pw.triage(s, [0, 0, 0]).numbers("nice"), "'nice' is no group"),
+    ],
+)
+def test_bad_input(make: Any, message: str) -> None:
+    with pytest.raises(pw.DataError, match=message):
+        make(scores_of(np.ones(3), labels=[0, 0, 0]))
+
+
+def test_labels_outside_the_classes() -> None:
+    rec = pw.LearnabilityRecorder(2)
+    rec.update(torch.arange(2), torch.eye(2), torch.arange(2))
+    with pytest.raises(pw.DataError, match="label 2 is none of the 2 classes"):
+        pw.suspects(rec.scores(), [0, 2])
+
+
+def test_flipped_digits_are_found() -> None:
+    """One recorded training of two seconds. The benchmark has the numbers; these are its floors."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    metrics = pytest.importorskip("sklearn.metrics")
+    data, clean = datasets.load_digits(return_X_y=True)
+    data, clean = data[:900], clean[:900]
+    random = np.random.default_rng(0)
+    wrong = np.zeros(900, bool)
+    wrong[random.permutation(900)[:180]] = True
+    noisy = np.where(wrong, (clean + random.integers(1, 10, 900)) % 10, clean)
+    x, y = torch.as_tensor(data / 16, dtype=torch.float32), torch.as_tensor(noisy)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rec = pw.LearnabilityRecorder(900)
+    for _ in range(20):
+        for ids in torch.randperm(900).split(64):
+            logits = model(x[ids])
+            rec.update(ids, logits, y[ids])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, y[ids]).backward()
+            optimizer.step()
+    s = rec.scores(noisy)
+    found = pw.suspects(s, noisy)
+    assert metrics.roc_auc_score(wrong, found.all_scores) > 0.98
+    assert metrics.roc_auc_score(wrong, s.difficulty("learnability")) > 0.97
+    assert wrong[found.number].mean() > 0.85 and wrong[found.number].sum() > 0.9 * 180
+    assert abs(found.estimated_count - 180) < 30
+    right = found.proposed_label == clean[found.number]
+    assert right[wrong[found.number]].mean() > 0.75  # by chance 0.1; a late mistake may be about the wrong class
+    groups = pw.triage(s, noisy)
+    assert groups.numbers("suspect").tolist() == sorted(found.number.tolist())
+    assert sum(groups.counts().values()) == 900
+
+
+# -- triage and subsets -------------------------------------------------------------------------------------------
+
+
+def test_triage_by_hand() -> None:
+    share = np.array([1.0, 0.9, 0.3, 0.05, 0.8, 0.0])
+    s = scores_of(
+        share,
+        margins=[0.9, 0.8, 0.1, -0.9, 0.7, np.nan],
+        variability=np.array([0.0, 0.05, 0.4, 0.1, 0.45, np.nan]),
+        observations=np.array([1000] * 5 + [0]),
+    )
+    groups = pw.triage(s, np.zeros(6), ambiguous=0.4)
+    assert groups.group.tolist() == ["redundant", "easy", "hard", "suspect", "ambiguous", "unseen"]
+    assert groups.counts() == dict.fromkeys(GROUPS, 1)
+
+
+@pytest.mark.parametrize("strategy", ["difficulty", "coverage", "random"])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.97, 1.0])
+def test_subsets_have_the_size_asked_for(strategy: str, fraction: float) -> None:
+    s = scores_of(np.random.default_rng(0).random(211) ** 3)
+    chosen = pw.select_subset(s, fraction, strategy=strategy)
+    assert len(chosen) == max(1, round(fraction * 211)) == len(set(chosen.tolist()))
+    assert (np.diff(chosen) > 0).all() and chosen.min() >= 0 and chosen.max() < 211
+    np.testing.assert_array_equal(chosen, pw.select_subset(s, fraction, strategy=strategy))
+
+
+def test_difficulty_keeps_one_end() -> None:
+    s = scores_of(np.linspace(1, 0, 10))
+    assert pw.select_subset(s, 0.3, strategy="difficulty").tolist() == [7, 8, 9]
+    assert pw.select_subset(s, 0.3, strategy="difficulty", keep="easy").tolist() == [0, 1, 2]
+    assert pw.select_subset(s, 0.3, strategy="difficulty", by="loss").tolist() == [7, 8, 9]
+
+
+def test_coverage_drops_the_hardest_and_covers_the_rest_evenly() -> None:
+    """A hundred easy samples, ten in between, ten hard, ten hardest."""
+    share = np.concatenate([np.full(100, 0.95), np.full(10, 0.65), np.full(10, 0.35), np.full(10, 0.0)])
+    chosen = pw.select_subset(scores_of(share), 36 / 130, strategy="coverage", strata=3, drop_hardest=10 / 130)
+    groups = np.searchsorted([100, 110, 120], chosen, side="right")
+    assert np.bincount(groups, minlength=4).tolist() == [16, 10, 10, 0]
+    few = pw.select_subset(scores_of(share), 12 / 130, strategy="coverage", strata=3, drop_hardest=10 / 130)
+    assert np.bincount(np.searchsorted([100, 110, 120], few, side="right"), minlength=4).tolist() == [4, 4, 4, 0]
+
+
+def test_ties_are_broken_by_the_seed_and_not_by_position() -> None:
+    s = scores_of(np.full(1000, 0.5))
+    a = pw.select_subset(s, 0.1, strategy="difficulty", seed=0)
+    b = pw.select_subset(s, 0.1, strategy="difficulty", seed=1)
+    assert not np.array_equal(a, b) and 350 < a.mean() < 650
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"fraction": 0}, "fraction=0"), ({"fraction": 1.1}, "fraction=1.1"), ({"fraction": True}, "fraction=True"),
+     ({"strategy": "best"}, "strategy='best'"), ({"keep": "all"}, "keep='all'"), ({"drop_hardest": 1}, "drop_hardest=1"),
+     ({"strata": 0}, "strata=0"), ({"by": "size"}, "no score of difficulty")],
+)  # fmt: skip
+def test_bad_subsets(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(pw.DataError, match=message):
+        pw.select_subset(scores_of(np.linspace(0, 1, 9)), **{"fraction": 0.5, **given})
+
+
+def test_unseen_samples_have_no_difficulty() -> None:
+    s = scores_of([0.5, 0.0], observations=np.array([1000, 0]), margins=[0.1, np.nan], aum=np.array([0.1, np.nan]))
+    with pytest.raises(pw.DataError, match="1 of 2 samples were never observed"):
+        pw.select_subset(s, 0.5)
+    assert len(pw.select_subset(s, 0.5, strategy="random")) == 1

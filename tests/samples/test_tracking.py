@@ -1,0 +1,289 @@
+"""Identity: the number that a sample carries is its own, whatever loads it."""
+
+from __future__ import annotations
+
+import pickle
+from collections import UserDict, namedtuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
+
+import prunewise as pw
+from prunewise.samples.ids import SampleIndex
+from prunewise.samples.tracking import TrackedIterable
+
+N = 23
+VALUES = torch.arange(N) * 10  # the content tells which sample it is
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: int
+
+
+Loose = namedtuple("Loose", "x y")
+
+
+class Forms(Dataset):
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = VALUES[i], int(VALUES[i]) + 1
+        return {
+            "tuple": (x, y), "list": [x, y], "dict": {"x": x, "y": y}, "namedtuple": Pair(x, y), "loose": Loose(x, y),
+            "bare": x, "userdict": UserDict(x=x, y=y),
+        }[self.form]  # fmt: skip
+
+
+def read(form: str, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if form == "bare":
+        return batch[0], batch[1]
+    if form in ("dict", "userdict"):
+        return batch["x"], batch["sample_id"]
+    assert len(batch) == 3
+    if form in ("namedtuple", "loose"):
+        assert batch._fields == ("x", "y", "sample_id")
+        assert torch.equal(batch.sample_id, batch[-1])
+    return batch[0], batch[-1]
+
+
+def check(form: str, loader: DataLoader, expected: int = N) -> None:
+    seen = []
+    for batch in loader:
+        x, ids = read(form, batch)
+        assert ids.dtype == torch.int64
+        assert torch.equal(x, VALUES[ids])
+        seen += ids.tolist()
+    assert sorted(seen) == list(range(expected))
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "namedtuple", "loose", "bare", "userdict"])
+@pytest.mark.parametrize("batch_size", [1, 7, N])
+def test_every_form_shuffled(form: str, batch_size: int) -> None:
+    torch.manual_seed(0)
+    check(form, DataLoader(pw.track(Forms(form)), batch_size=batch_size, shuffle=True))
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "namedtuple"])
+def test_workers_and_prefetch(form: str) -> None:
+    loader = DataLoader(
+        pw.track(Forms(form)), batch_size=4, shuffle=True, num_workers=2, prefetch_factor=3, persistent_workers=True
+    )
+    for _ in range(2):
+        check(form, loader)
+
+
+def test_samplers_and_collate_of_ones_own() -> None:
+    tracked = pw.track(Forms("tuple"))
+    batches = BatchSampler(RandomSampler(range(N)), 5, drop_last=False)
+    check("tuple", DataLoader(tracked, batch_sampler=batches))
+    check("tuple", DataLoader(tracked, sampler=SequentialSampler(range(N)), batch_size=None, collate_fn=one))
+    rows = list(DataLoader(tracked, batch_size=6, collate_fn=list))
+    assert [i for batch in rows for *_, i in batch] == list(range(N))
+
+
+def one(sample: Any) -> Any:
+    return sample[0][None], torch.tensor([sample[1]]), torch.tensor([sample[2]])
+
+
+def test_subsets_and_concatenations() -> None:
+    subset = pw.track(Subset(Forms("tuple"), [5, 3, 8]))
+    assert [s[-1] for s in subset] == [0, 1, 2] and [int(s[0]) for s in subset] == [50, 30, 80]
+    of_tracked = Subset(pw.track(Forms("tuple")), [5, 3, 8])
+    assert [s[-1] for s in of_tracked] == [5, 3, 8]
+    both = pw.track(ConcatDataset([Forms("tuple"), Forms("tuple")]))
+    assert len(both) == 2 * N and both[N + 2][-1] == N + 2
+
+
+def test_keys_of_every_kind() -> None:
+    tracked = pw.track(Forms("tuple"))
+    for key in (3, np.int64(3), torch.tensor(3), 3 - N):
+        assert tracked[key][-1] == 3 and int(tracked[key][0]) == 30
+    assert [s[-1] for s in tracked[4:7]] == [4, 5, 6]
+    for key in (N, -N - 1):
+        with pytest.raises(IndexError):
+            tracked[key]
+
+
+def test_the_sample_itself_is_not_changed() -> None:
+    rows = [{"x": 1}, {"x": 2}]
+    tracked = pw.track(rows)
+    assert tracked[1] == {"x": 2, "sample_id": 1}
+    assert rows == [{"x": 1}, {"x": 2}]
+    lists = [[1, 2]]
+    assert pw.track(lists)[0] == [1, 2, 0] and lists == [[1, 2]]
+
+
+def test_string_ids() -> None:
+    names = [f"img-{i * 7 % N}" for i in range(N)]
+    tracked = pw.track(Forms("tuple"), ids=names)
+    assert tracked[4][-1] == 4 and tracked.index[4] == names[4] and tracked.index.number(names[9]) == 9
+    assert tracked.index.array().tolist() == names
+    with pytest.raises(pw.DataError, match="'img-99'.*none of the 23"):
+        tracked.index.number("img-99")
+
+
+def test_an_id_field_by_name() -> None:
+    rows = [{"uid": f"u{i}", "x": i} for i in (4, 2, 9)]
+    tracked = pw.track(rows, id_field="uid")
+    assert list(tracked.index) == ["u4", "u2", "u9"]
+    assert tracked[2] == {"uid": "u9", "x": 9, "sample_id": 2}
+    own = pw.track([{"sample_id": 70}, {"sample_id": 50}], id_field="sample_id")
+    assert own[1]["sample_id"] == 1 and own.index[1] == 50
+    named = pw.track([Loose("k", 0), Loose("j", 1)], id_field="x")
+    assert named.index[1] == "j" and named[1].sample_id == 1
+
+
+class Columns:
+    """Rows as Hugging Face data sets give them: by number, by column, by batch."""
+
+    column_names = ("uid", "x")
+
+    def __init__(self) -> None:
+        self.rows_read = 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "uid":
+            return [f"u{i}" for i in range(5)]
+        self.rows_read += 1
+        return {"uid": f"u{key}", "x": key}
+
+    def __getitems__(self, keys: list[int]) -> list[Any]:
+        assert isinstance(keys, list)
+        return [{"uid": f"u{k}", "x": k} for k in keys]
+
+
+def test_hugging_face_rows() -> None:
+    rows = Columns()
+    tracked = pw.track(rows, id_field="uid")
+    assert rows.rows_read == 0  # ids come from the column
+    batches = list(DataLoader(tracked, batch_size=2, shuffle=True))
+    assert rows.rows_read == 0  # batches come whole
+    for batch in batches:
+        assert batch["sample_id"].tolist() == batch["x"].tolist()
+
+
+def test_a_mapping_by_its_keys() -> None:
+    tracked = pw.track({"a": (1,), "b": (2,)}, ids=["b", "a"])
+    assert tracked["a"] == (1, 1) and tracked["b"] == (2, 0)
+
+
+class Stream(IterableDataset):
+    """Numbers 0 to N-1; sharded by itself in one of two ways, or not at all."""
+
+    def __init__(self, sharding: str) -> None:
+        self.sharding = sharding
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        w, total = (0, 1) if info is None else (info.id, info.num_workers)
+        if self.sharding == "stride":
+            yield from ((VALUES[i], i) for i in range(w, N, total))
+        elif self.sharding == "parts":
+            size = -(-N // total)
+            yield from ((VALUES[i], i) for i in range(w * size, min(N, (w + 1) * size)))
+        else:
+            yield from ((VALUES[i], i) for i in range(N))
+
+
+@pytest.mark.parametrize("sharding", ["none", "stride", "parts"])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_streams_whatever_shards_them(sharding: str, workers: int) -> None:
+    check("tuple", DataLoader(pw.track(Stream(sharding)), batch_size=4, num_workers=workers))
+
+
+class Named(IterableDataset):
+    def __iter__(self) -> Any:
+        order = torch.randperm(N).tolist()  # another order each time: places tell nothing
+        yield from ({"x": VALUES[i], "uid": f"u{i}"} for i in order)
+
+
+def test_streams_with_an_id_field() -> None:
+    tracked = pw.track(Named(), id_field="uid", ids=[f"u{i}" for i in range(N)])
+    for _ in range(2):
+        check("dict", DataLoader(tracked, batch_size=4))
+    with pytest.raises(pw.DataError, match="'uid' holds 'u.*ids="):
+        next(iter(pw.track(Named(), id_field="uid")))
+    with pytest.raises(pw.DataError, match="no field 'id' .fields: x, uid"):
+        next(iter(pw.track(Named(), id_field="id")))
+    with pytest.raises(pw.DataError, match="longer than the 2 ids"):
+        list(pw.track(Stream("none"), ids=["a", "b"]))
+
+
+def test_only_streams_of_known_length_have_one() -> None:
+    with pytest.raises(TypeError):
+        len(pw.track(Stream("none")))
+
+    class Sized(Stream):
+        def __len__(self) -> int:
+            return N
+
+    assert len(pw.track(Sized("none"))) == N
+    assert isinstance(pw.track(x for x in "ab"), TrackedIterable)
+
+
+def test_pickles() -> None:
+    tracked = pw.track(Forms("namedtuple"), ids=[f"i{k}" for k in range(N)])
+    again = pickle.loads(pickle.dumps(tracked))
+    assert again[3].sample_id == 3 and again.index[3] == "i3"
+    sample = pickle.loads(pickle.dumps(tracked[3]))
+    assert sample._fields == ("x", "y", "sample_id") and sample.y == 31
+    assert type(sample) is type(tracked[4])
+
+
+def test_attributes_of_the_wrapped_data_set() -> None:
+    assert pw.track(Forms("tuple")).form == "tuple"
+    with pytest.raises(AttributeError):
+        pw.track(Forms("tuple")).classes  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pw.track(3), "int is no data set"),
+        (lambda: pw.track("abc"), "str is no data set"),
+        (lambda: pw.track(Forms), "Forms is a class"),
+        (lambda: pw.track({"a": 1}), "dict is no data set"),
+        (lambda: pw.track(pw.track([1, 2])), "tracked already"),
+        (lambda: pw.track([1, 2], ids=["a"]), "1 ids for 2 samples"),
+        (lambda: pw.track([1, 2], ids=["a", "a"]), "'a' stands twice, at 0 and 1"),
+        (lambda: pw.track([1, 2], ids=[5, "a"]), "mixed"),
+        (lambda: pw.track([1, 2], ids=[0.5, 1.5]), "no sample id"),
+        (lambda: pw.track([{"sample_id": 4}])[0], "id_field='sample_id'"),
+        (lambda: pw.track([{"x": 4}], id_field="uid"), "no field 'uid'"),
+        (lambda: pw.track(TensorDataset(VALUES), id_field="uid"), "no field 'uid'"),
+    ],
+)
+def test_what_cannot_be_tracked(make: Any, message: str) -> None:
+    with pytest.raises(pw.DataError, match=message):
+        make()
+
+
+def test_dense_ids_store_nothing() -> None:
+    index = SampleIndex(range(5))
+    assert index.is_dense and index[-1] == 4 and index.number(3) == 3 and list(index) == [0, 1, 2, 3, 4]
+    with pytest.raises(pw.DataError):
+        index.number(5)
+    assert index.hash() == SampleIndex(5).hash() != SampleIndex(6).hash()
+    assert SampleIndex(["1"]).hash() != SampleIndex([1]).hash()
