@@ -24,7 +24,6 @@ from prunewise._training import (
     check_settings,
     cosine,
     first_batch,
-    inputs_of,
     make_optimizer,
     moved,
     own_randomness,
@@ -33,6 +32,7 @@ from prunewise._training import (
 from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
 from prunewise.channels.oneshot import plan_channels
+from prunewise.core.batch import inputs_of
 from prunewise.core.cost import measure
 from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice
