@@ -19,17 +19,20 @@ if TYPE_CHECKING:
         BudgetError,
         CheckpointError,
         DataError,
+        MethodError,
         NonFiniteError,
         NoPrunableGroupError,
         PlanError,
         PrunewiseError,
         SharedParameterError,
+        SparsityError,
         TraceError,
         VerificationError,
     )
     from prunewise.core.groups import ChannelGroup, channel_groups
     from prunewise.core.optimizer import migrate_optimizer
     from prunewise.core.plan import ChannelPlan
+    from prunewise.core.sparsity import SparsityPlan
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.recipes import CompressReport, CompressResult, compress
@@ -48,11 +51,14 @@ __all__ = [
     "Cost",
     "DataError",
     "GateSession",
+    "MethodError",
     "NoPrunableGroupError",
     "NonFiniteError",
     "PlanError",
     "PrunewiseError",
     "SharedParameterError",
+    "SparsityError",
+    "SparsityPlan",
     "TraceError",
     "VerificationError",
     "__version__",
@@ -77,6 +83,7 @@ _HOMES = {
     "core.groups": ("ChannelGroup", "channel_groups"),
     "core.plan": ("ChannelPlan",),
     "core.optimizer": ("migrate_optimizer",),
+    "core.sparsity": ("SparsityPlan",),
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
