@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from prunewise.core.sparsity import SparsityPlan
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
+    from prunewise.layers.allocate import allocate
     from prunewise.recipes import CompressReport, CompressResult, compress
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "TraceError",
     "VerificationError",
     "__version__",
+    "allocate",
     "apply_plan",
     "attach_gates",
     "channel_groups",
@@ -86,6 +88,7 @@ _HOMES = {
     "core.sparsity": ("SparsityPlan",),
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
+    "layers.allocate": ("allocate",),
     "recipes": ("CompressReport", "CompressResult", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import prunewise as pw
+from prunewise.layers.importance import effective_rank
 from prunewise.layers.patches import channels_of, patches_of
-from prunewise.layers.statistics import HESSIAN, INPUT, OUTPUT, SQUARES, gather
+from prunewise.layers.statistics import HESSIAN, INPUT, OUTPUT, SQUARES, WIDEST, Moments, gather
 from prunewise.layers.weights import find_layers
 
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -167,3 +168,15 @@ def test_a_model_on_the_meta_device_is_not_run() -> None:
     model = nn.Linear(3, 3, device="meta")
     with pytest.raises(pw.DataError, match="meta device"):
         gather(model, find_layers(model), [torch.zeros(2, 3)], [INPUT], what="a test")
+
+
+def test_long_vectors_are_folded_and_keep_their_rank() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 10, generator=rng) @ torch.randn(10, 3 * WIDEST, generator=rng)
+    moments = Moments()
+    for part in rows.split(50):
+        moments.add(part)
+    assert moments.outer is not None and moments.outer.shape == (WIDEST, WIDEST)
+    small = (rows - rows.mean(0)).double()
+    whole = effective_rank(small @ small.T)  # the same nonzero eigenvalues as the full covariance
+    assert effective_rank(moments.covariance()) == pytest.approx(whole, rel=0.02)

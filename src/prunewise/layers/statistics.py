@@ -24,11 +24,30 @@ INPUT, OUTPUT, SQUARES, HESSIAN = "input", "output", "squares", "hessian"
 
 # A covariance takes so many positions of a sample: neighbouring ones say nearly the same, and time grows with all.
 POSITIONS = 16
+# More channels than this are folded into so many before their covariance is summed up (`folded`).
+WIDEST = 2048
+
+
+def folded(rows: Tensor) -> Tensor:
+    """Rows of more than `WIDEST` channels as rows of `WIDEST`: each channel is added, with a sign, to one of them at random.
+
+    Inner products stay the same in expectation, so the spectrum of the covariance does nearly while its rank is well below
+    `WIDEST`. Always the same for the same number of channels.
+
+    Source: the count sketch, Charikar, Chen and Farach-Colton 2002.
+    """
+    channels = rows.shape[1]
+    if channels <= WIDEST:
+        return rows
+    rng = torch.Generator().manual_seed(channels)
+    into = torch.randint(WIDEST, (channels,), generator=rng).to(rows.device)
+    sign = (torch.randint(2, (channels,), generator=rng) * 2 - 1).to(rows.device, rows.dtype)
+    return rows.new_zeros(len(rows), WIDEST).index_add_(1, into, rows * sign)
 
 
 @dataclass
 class Moments:
-    """Count, sum and sum of outer products of vectors, float64."""
+    """Count, sum and sum of outer products of vectors (`folded` where they are long), float64."""
 
     count: int = 0
     total: Tensor | None = None  # (C,)
@@ -36,7 +55,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Take in `rows`, shape (rows, C)."""
-        rows = rows.to(torch.float64)
+        rows = folded(rows.to(torch.float64))
         self.count += len(rows)
         total, outer = rows.sum(0), rows.T @ rows
         self.total = total if self.total is None else self.total.add_(total)
