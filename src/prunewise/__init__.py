@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.layers.allocate import allocate
+    from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
     from prunewise.recipes import CompressReport, CompressResult, compress
 
 __version__ = "0.1.0"
@@ -66,13 +67,16 @@ __all__ = [
     "allocate",
     "apply_plan",
     "attach_gates",
+    "attach_masks_",
     "channel_groups",
     "compress",
     "load_pruned",
+    "make_permanent_",
     "measure",
     "migrate_optimizer",
     "plan_channels",
     "save_pruned",
+    "sparsify_",
 ]
 
 # Which module holds which of these names; what is not listed here is an error class.
@@ -89,6 +93,7 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "layers.allocate": ("allocate",),
+    "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from prunewise.core.batch import cross_entropy, differentiable
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.untouched import evaluating
+from prunewise.layers.masks import top, with_weights
 from prunewise.layers.statistics import batches
 from prunewise.layers.weights import Layer
 
@@ -247,8 +248,6 @@ def loss_increase(
         DataError: no data, or an empty loader.
         NonFiniteError: a loss is NaN or infinite.
     """
-    from prunewise.layers.masks import top, with_weights
-
     kept = [layer.weight * top(layer.weight.abs(), layer.size - round(layer.size * removed)) for layer in layers]
     base, rises, samples = 0.0, [0.0] * len(layers), 0
     with torch.no_grad(), evaluating(model):

@@ -75,6 +75,11 @@ class Layer:
         """Kernel positions of a convolution; 1 for a linear layer."""
         return math.prod(self.shape[2:]) if isinstance(self.module, CONV + TRANSPOSED) else 1
 
+    @property
+    def input_dim(self) -> int:
+        """The weight's dimension that goes along the input channels."""
+        return 0 if isinstance(self.module, TRANSPOSED) or _is_conv1d_of_transformers(self.module) else 1
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as (groups, rows, columns)."""
         if isinstance(self.module, TRANSPOSED):  # (inputs, outputs of a group, kernel)
