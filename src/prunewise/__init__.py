@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
     from prunewise.layers.allocate import allocate
+    from prunewise.layers.compactness import compactness
+    from prunewise.layers.profile import Compactness
     from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
     from prunewise.recipes import CompressReport, CompressResult, compress
 
@@ -48,6 +50,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelPlan",
     "CheckpointError",
+    "Compactness",
     "CompressReport",
     "CompressResult",
     "Cost",
@@ -69,6 +72,7 @@ __all__ = [
     "attach_gates",
     "attach_masks_",
     "channel_groups",
+    "compactness",
     "compress",
     "load_pruned",
     "make_permanent_",
@@ -93,6 +97,8 @@ _HOMES = {
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
     "layers.allocate": ("allocate",),
+    "layers.compactness": ("compactness",),
+    "layers.profile": ("Compactness",),
     "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
     "recipes": ("CompressReport", "CompressResult", "compress"),
 }
