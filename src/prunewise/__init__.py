@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from prunewise.layers.compactness import compactness
     from prunewise.layers.profile import Compactness
     from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
-    from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.recipes import CompressReport, CompressResult, allocate_channels, compress
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "allocate",
+    "allocate_channels",
     "apply_plan",
     "attach_gates",
     "attach_masks_",
@@ -100,7 +101,7 @@ _HOMES = {
     "layers.compactness": ("compactness",),
     "layers.profile": ("Compactness",),
     "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
-    "recipes": ("CompressReport", "CompressResult", "compress"),
+    "recipes": ("CompressReport", "CompressResult", "allocate_channels", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -18,6 +18,7 @@ from prunewise.layers.statistics import INPUT, OUTPUT, SQUARES, LayerStatistics,
 from prunewise.layers.weights import Choice, Layer, check_finite, find_layers
 
 Importance = Callable[[nn.Module, Sequence[Layer]], Mapping[str, float]]
+Allocator = Callable[[Total], dict[str, int]]
 
 # What "capacity" means. Ours, by name; to be settled by measurement.
 CAPACITY = "effective_rank"
@@ -84,25 +85,45 @@ def allocate(
     layers = find_layers(model, include, exclude)
     shapes = {layer.name: layer.shape for layer in layers}
     Total(shapes, sparsity, floor or 0.0)  # says what is wrong before any data is read
+    return allocation(model, layers, importance, data, loss=loss, floor=floor, shown=progress)(sparsity)
+
+
+def allocation(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    importance: str | Importance,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: imp.Loss | None = None,
+    floor: float | None = None,
+    shown: bool = False,
+) -> Callable[[float], SparsityPlan]:
+    """`allocate` for as many totals as are wanted, measured once: a function from total sparsity to plan."""
+    shapes = {layer.name: layer.shape for layer in layers}
     name = importance if isinstance(importance, str) else getattr(importance, "__name__", "custom")
-    notes = {"importance": name, "sparsity": f"{sparsity!r}"}
+    notes = {"importance": name}
+    allocator: Allocator
     if callable(importance):
         check_finite(layers)
-        counts = proportional(importance(model, layers), _total(shapes, sparsity, floor))
-        return SparsityPlan(counts, shapes, notes)
-    known = {**_PUBLISHED, **_OURS}
-    if importance == "capacity":
-        importance = notes["measure"] = CAPACITY
-    if importance not in known:
-        raise PlanError(f"unknown importance {importance!r}: use capacity, {', '.join(known)}, or a callable")
-    if importance not in _FROM_SHAPES:
-        _check_weights(layers, name)
-    request = _Request(model, layers, data, loss, progress)
-    if importance in _PUBLISHED:
-        counts = _PUBLISHED[importance](request, Total(shapes, sparsity, floor or 0.0))
+        given = importance(model, layers)
+        allocator, ours = partial(proportional, given), True
     else:
-        counts = proportional(_OURS[importance](request), _total(shapes, sparsity, floor))
-    return SparsityPlan(counts, shapes, notes)
+        if importance == "capacity":
+            importance = notes["measure"] = CAPACITY
+        if importance not in _PUBLISHED and importance not in _OURS:
+            known = ", ".join((*_PUBLISHED, *_OURS))
+            raise PlanError(f"unknown importance {importance!r}: use capacity, {known}, or a callable")
+        if importance not in _FROM_SHAPES:
+            _check_weights(layers, name)
+        request = _Request(model, layers, data, loss, shown)
+        ours = importance in _OURS
+        allocator = partial(proportional, _OURS[importance](request)) if ours else _PUBLISHED[importance](request)
+
+    def plan(sparsity: float) -> SparsityPlan:
+        total = _total(shapes, sparsity, floor) if ours else Total(shapes, sparsity, floor or 0.0)
+        return SparsityPlan(allocator(total), shapes, {**notes, "sparsity": repr(sparsity)})
+
+    return plan
 
 
 def _total(shapes: Mapping[str, tuple[int, ...]], sparsity: float, floor: float | None) -> Total:
@@ -127,10 +148,6 @@ def _check_weights(layers: Sequence[Layer], name: str) -> None:
 
 def _statistics(request: _Request, what: str, *wanted: str) -> dict[str, LayerStatistics]:
     return gather(request.model, request.layers, request.data, wanted, what=f"importance {what!r}", shown=request.shown)
-
-
-def _weights(request: _Request) -> dict[str, Tensor]:
-    return {layer.name: layer.weight for layer in request.layers}
 
 
 def _by_covariance(request: _Request, what: str, measure: Callable[[Tensor], float]) -> dict[str, float]:
@@ -170,29 +187,38 @@ def _stable_rank(request: _Request) -> dict[str, float]:
     return {x.name: imp.freedom(imp.stable_rank(x.as_matrix(x.weight)), x) for x in request.layers}
 
 
-def _owl(request: _Request, total: Total) -> dict[str, int]:
+def _owl(request: _Request) -> Allocator:
     found = _statistics(request, "owl", SQUARES)
     ratios = {}
     for layer in request.layers:
         squares = found[layer.name].squares
         assert squares is not None
         ratios[layer.name] = imp.outlier_ratio(layer.as_matrix(layer.weight), squares)
-    return allocators.owl(ratios, total)
+    return partial(allocators.owl, ratios)
 
 
-def _alpha(request: _Request, total: Total) -> dict[str, int]:
+def _alpha(request: _Request) -> Allocator:
     exponents = {x.name: imp.tail_exponent(x.as_matrix(x.weight)) for x in request.layers}
-    return allocators.alpha_pruning(exponents, total)
+    return partial(allocators.alpha_pruning, exponents)
+
+
+def _lamp(request: _Request) -> Allocator:
+    scores = {x.name: allocators.lamp_scores(x.weight) for x in request.layers}
+    return partial(allocators.among_highest, allocators.ascending(scores))
+
+
+def _global_magnitude(request: _Request) -> Allocator:
+    return partial(allocators.among_highest, allocators.ascending({x.name: x.weight.abs() for x in request.layers}))
 
 
 _FROM_SHAPES = frozenset({"uniform", "erk", "params"})
 
 # Allocators as published (up to what their docstrings say), which have no floor of their own.
-_PUBLISHED: dict[str, Callable[[_Request, Total], dict[str, int]]] = {
-    "uniform": lambda request, total: allocators.uniform(total),
-    "erk": lambda request, total: allocators.erk(total),
-    "lamp": lambda request, total: allocators.lamp(_weights(request), total),
-    "global_magnitude": lambda request, total: allocators.global_magnitude(_weights(request), total),
+_PUBLISHED: dict[str, Callable[[_Request], Allocator]] = {
+    "uniform": lambda request: allocators.uniform,
+    "erk": lambda request: allocators.erk,
+    "lamp": _lamp,
+    "global_magnitude": _global_magnitude,
     "owl": _owl,
     "alpha": _alpha,
 }

@@ -261,16 +261,29 @@ def by_score(scores: Mapping[str, Tensor], total: Total) -> dict[str, int]:
 
     Raises:
         NonFiniteError: a score is NaN.
+        SparsityError: a layer has no scores, or not one for each weight.
     """
+    return among_highest(ascending(scores), total)
+
+
+def ascending(scores: Mapping[str, Tensor]) -> dict[str, Array]:
+    """The scores of each layer, sorted, flat, float64: what `among_highest` takes, for as many totals as are wanted."""
+    found = {}
+    for name, values in scores.items():
+        flat = values.detach().reshape(-1).to("cpu", torch.float64).numpy()
+        if np.isnan(flat).any():
+            raise NonFiniteError(f"the weight of {name!r} gives scores that are NaN: load a sound checkpoint")
+        found[name] = np.sort(flat)
+    return found
+
+
+def among_highest(ranked: Mapping[str, Array], total: Total) -> dict[str, int]:
+    """`by_score`, of scores that are sorted already."""
     rest, least = [], total.least
     for (name, shape), first in zip(total.shapes.items(), least.tolist(), strict=True):
-        values = scores[name].detach().reshape(-1)
-        if values.numel() != math.prod(shape):
-            raise SparsityError(f"layer {name!r}: {values.numel()} scores for {math.prod(shape)} weights")
-        if bool(torch.isnan(values).any()):
-            raise NonFiniteError(f"the weight of {name!r} gives scores that are NaN: load a sound checkpoint")
-        flat = values.to("cpu", torch.float64).numpy()
-        rest.append(np.sort(flat)[: len(flat) - first])  # ascending: the first to be kept anyway stand last
+        if len(ranked.get(name, ())) != math.prod(shape):
+            raise SparsityError(f"layer {name!r}: {len(ranked.get(name, ()))} scores for {math.prod(shape)} weights")
+        rest.append(ranked[name][: math.prod(shape) - first])  # the first to be kept anyway stand last
     need = total.keep - int(least.sum())
     everything = np.concatenate(rest)
     if not need:
@@ -279,8 +292,9 @@ def by_score(scores: Mapping[str, Tensor], total: Total) -> dict[str, int]:
     above = np.array([len(v) - np.searchsorted(v, threshold, "right") for v in rest])
     ties = np.array([len(v) - np.searchsorted(v, threshold, "left") for v in rest]) - above
     need -= int(above.sum())
-    share = np.floor(need * (ties / ties.sum()) + 1e-9).astype(np.int64)
-    order = np.argsort(-(need * (ties / ties.sum()) - share), kind="stable")
+    wanted = need * (ties / ties.sum())
+    share = np.floor(wanted + 1e-9).astype(np.int64)
+    order = np.argsort(share - wanted, kind="stable")
     open_ = order[(share < ties)[order]]
     share[open_[: need - int(share.sum())]] += 1
     return total.named(least + above + share)

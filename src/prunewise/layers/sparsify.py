@@ -69,7 +69,7 @@ def sparsify_(
     """
     layers = planned_layers(model, plan)
     masks = Masks(model, layers, method, data, loss, seed, progress)
-    _put(layers, masks.choose(plan.keep))
+    _put(layers, masks.choose(plan.keep, progress))
     return model
 
 
@@ -110,7 +110,7 @@ class Masks:
         shown: bool = False,
     ) -> None:
         self.name, self._method = find_method(method)
-        self._model, self._layers, self._data, self._seed, self._shown = model, layers, data, seed, shown
+        self._model, self._layers, self._data, self._seed = model, layers, data, seed
         asked = asked_by(self._method)
         what = f"method {self.name!r}"
         self._asked = asked
@@ -127,7 +127,7 @@ class Masks:
             for layer in layers:
                 self._given[layer.name]["gradient"] = gradients[layer.name]
 
-    def choose(self, keep: Mapping[str, int]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def choose(self, keep: Mapping[str, int], shown: bool = False) -> dict[str, tuple[Tensor, Tensor | None]]:
         """For each layer in `keep`, its keep mask, and its weights where the method changes them. Nothing of the model changes."""
         layers = [layer for layer in self._layers if layer.name in keep]
         result = {}
@@ -139,7 +139,7 @@ class Masks:
                     raise DataError(
                         f"method {self.name!r} reads the data several times: give a loader, not an iterator"
                     )
-                found = gather(self._model, some, data, (HESSIAN,), what=f"method {self.name!r}", shown=self._shown)
+                found = gather(self._model, some, data, (HESSIAN,), what=f"method {self.name!r}", shown=shown)
                 hessians = {name: statistics.hessian for name, statistics in found.items()}
             for layer in some:
                 given = dict(self._given[layer.name])
