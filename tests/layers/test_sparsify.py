@@ -224,7 +224,7 @@ class Wrong:
             pw.NonFiniteError,
             "activations of '0'",
         ),
-        ({"plan": pw.SparsityPlan({"x": 3}, {"x": (3, 3)})}, pw.PrunewiseError, "no convolution|does not have"),
+        ({"plan": pw.SparsityPlan({"x": 3}, {"x": (3, 3)})}, pw.PlanError, "layer 'x' that the model does not have"),
         ({"plan": pw.SparsityPlan({"0": 3, "x": 3}, {"0": (6, 2, 3, 3), "x": (3, 3)})}, pw.PlanError, "layer 'x'"),
         ({"plan": pw.SparsityPlan({"4": 3}, {"4": (3, 3)})}, pw.PlanError, r"'4' has shape \(8, 24\)"),
     ],
@@ -263,3 +263,15 @@ def test_nothing_and_everything_removed() -> None:
     model = pw.sparsify_(net(), pw.allocate(net(), 0.9999999, "erk"))
     assert sum(counts(model).values()) == 1
     assert torch.isfinite(model(data()[0][0])).all()
+
+
+def test_a_stream_without_a_length_is_data_too() -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            yield from torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    model = net()
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    plan = pw.allocate(model, 0.5, data=loader, progress=False)
+    pw.sparsify_(model, plan, "wanda", data=loader, progress=False)
+    assert counts(model) == dict(plan.keep)

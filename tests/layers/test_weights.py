@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,26 @@ def test_nan_weights_are_named() -> None:
     with pytest.raises(pw.NonFiniteError, match="weight of '1'"):
         check_finite(find_layers(model))
     check_finite(find_layers(model, exclude="1"))
+
+
+def test_linear_layers_of_transformers_with_turned_weights() -> None:
+    """The class is known by its name, so one made here will do: y = x W + b with W (inputs, outputs)."""
+
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    torch.manual_seed(0)
+    turned, plain = nn.Sequential(Conv1D()), nn.Sequential(nn.Linear(6, 4))
+    with torch.no_grad():
+        plain[0].weight.copy_(turned[0].weight.T)
+    x = torch.randn(20, 6)
+    for method in ("wanda", "sparsegpt", "channel_l1"):
+        ours, theirs = (pw.sparsify_(copy.deepcopy(m), pw.allocate(m, 0.5, "capacity", [x], progress=False), method, data=[x])
+                        for m in (turned, plain))  # fmt: skip
+        torch.testing.assert_close(ours[0].weight.T, theirs[0].weight)

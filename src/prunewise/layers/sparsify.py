@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from prunewise.core.errors import DataError, MethodError, NonFiniteError, PlanError
+from prunewise.core.errors import DataError, MethodError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.sparsity import SparsityPlan
 from prunewise.layers import importance as imp
 from prunewise.layers.masks import top
@@ -81,7 +82,9 @@ def planned_layers(model: nn.Module, plan: SparsityPlan) -> list[Layer]:
         NonFiniteError: a weight is not finite.
     """
     # Layers that are not in the plan need not be sound; what the plan names must be there.
-    layers = find_layers(model, include=lambda layer: layer.name in plan)
+    layers: list[Layer] = []
+    with contextlib.suppress(NoPrunableGroupError):  # the check says which one is missing
+        layers = find_layers(model, include=lambda layer: layer.name in plan)
     plan.check({layer.name: layer.shape for layer in layers})
     for layer in layers:
         mask = layer.keep_mask

@@ -6,7 +6,7 @@ Memory is O(C²) a layer at the worst, whatever the number of samples.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +179,9 @@ def batches(model: nn.Module, data: Iterable[Any] | None, what: str, shown: bool
         )
     if any(p.is_meta for p in model.parameters()):
         raise DataError(f"{what} runs the model, which is on the meta device: load its weights first")
-    total = len(data) if isinstance(data, Sized) else None
+    total = None
+    with suppress(TypeError):  # loaders of streams have a length that raises
+        total = len(data) if isinstance(data, Sized) else None
     done = 0
     with progress(shown, total, what) as display:
         for batch in data:
