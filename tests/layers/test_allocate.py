@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def test_a_model_on_the_meta_device_needs_its_weights(importance: str) -> None:
 
 @pytest.mark.parametrize("importance", sorted(set(NAMES) - set(SHAPES_ONLY) - set(WEIGHTS)))
 def test_missing_and_empty_data(importance: str) -> None:
-    with pytest.raises(pw.DataError, match="needs data"):
+    with pytest.raises(pw.DataError, match=f"{importance}'? needs data"):
         pw.allocate(net(), 0.5, importance)
     with pytest.raises(pw.DataError, match="empty"):
         pw.allocate(net(), 0.5, importance, [], progress=False)
@@ -114,6 +115,25 @@ def test_one_layer_gets_the_total() -> None:
             nn.Linear(5, 5), 0.3, importance, [(torch.randn(6, 5), torch.randint(5, (6,)))], progress=False
         )
         assert dict(plan.keep) == {"": 18}
+
+
+def test_numbers_of_numpy_will_do() -> None:
+    plan = pw.allocate(net(), np.float32(0.5), "erk")
+    assert plan.kept == 192 and plan.notes["sparsity"] == "0.5"
+
+
+def test_seven_billion_weights_on_the_meta_device() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(4))
+            self.mlp = nn.ModuleList([nn.Linear(4096, 11008), nn.Linear(4096, 11008), nn.Linear(11008, 4096)])
+
+    with torch.device("meta"):
+        model = nn.ModuleList(Block() for _ in range(32))
+    plan = pw.allocate(model, 0.7, "erk")
+    assert len(plan) == 7 * 32
+    assert plan.kept == math.floor((1 - 0.7) * sum(plan.sizes.values()) + 0.5) > 1.9e9
 
 
 def test_the_loss_and_dicts() -> None:

@@ -180,3 +180,13 @@ def test_long_vectors_are_folded_and_keep_their_rank() -> None:
     small = (rows - rows.mean(0)).double()
     whole = effective_rank(small @ small.T)  # the same nonzero eigenvalues as the full covariance
     assert effective_rank(moments.covariance()) == pytest.approx(whole, rel=0.02)
+
+
+def test_channels_that_do_not_vary_have_no_covariance() -> None:
+    moments = Moments()
+    rows = torch.full((300, 3), 0.1) * torch.tensor([1.0, 7.0, 1000.0])
+    for part in rows.split(7):
+        moments.add(part)
+    assert not moments.covariance().any()
+    moments.add(torch.tensor([[0.1, 0.7, 101.0]]))
+    assert effective_rank(moments.covariance()) == pytest.approx(1)

@@ -28,6 +28,7 @@ CAPACITY = "effective_rank"
 class _Request:
     """What an importance may use."""
 
+    name: str
     model: nn.Module
     layers: Sequence[Layer]
     data: Iterable[Any] | None
@@ -115,13 +116,13 @@ def allocation(
             raise PlanError(f"unknown importance {importance!r}: use capacity, {known}, or a callable")
         if importance not in _FROM_SHAPES:
             _check_weights(layers, name)
-        request = _Request(model, layers, data, loss, shown)
+        request = _Request(name, model, layers, data, loss, shown)
         ours = importance in _OURS
         allocator = partial(proportional, _OURS[importance](request)) if ours else _PUBLISHED[importance](request)
 
     def plan(sparsity: float) -> SparsityPlan:
         total = _total(shapes, sparsity, floor) if ours else Total(shapes, sparsity, floor or 0.0)
-        return SparsityPlan(allocator(total), shapes, {**notes, "sparsity": repr(sparsity)})
+        return SparsityPlan(allocator(total), shapes, {**notes, "sparsity": repr(float(sparsity))})
 
     return plan
 
@@ -146,12 +147,14 @@ def _check_weights(layers: Sequence[Layer], name: str) -> None:
     check_finite(layers)
 
 
-def _statistics(request: _Request, what: str, *wanted: str) -> dict[str, LayerStatistics]:
-    return gather(request.model, request.layers, request.data, wanted, what=f"importance {what!r}", shown=request.shown)
+def _statistics(request: _Request, *wanted: str) -> dict[str, LayerStatistics]:
+    return gather(
+        request.model, request.layers, request.data, wanted, what=f"importance {request.name!r}", shown=request.shown
+    )
 
 
-def _by_covariance(request: _Request, what: str, measure: Callable[[Tensor], float]) -> dict[str, float]:
-    found = _statistics(request, what, INPUT, OUTPUT)
+def _by_covariance(request: _Request, measure: Callable[[Tensor], float]) -> dict[str, float]:
+    found = _statistics(request, INPUT, OUTPUT)
     return {
         layer.name: imp.per_weight(
             measure(found[layer.name].input.covariance()), measure(found[layer.name].output.covariance()), layer
@@ -188,7 +191,7 @@ def _stable_rank(request: _Request) -> dict[str, float]:
 
 
 def _owl(request: _Request) -> Allocator:
-    found = _statistics(request, "owl", SQUARES)
+    found = _statistics(request, SQUARES)
     ratios = {}
     for layer in request.layers:
         squares = found[layer.name].squares
@@ -225,8 +228,8 @@ _PUBLISHED: dict[str, Callable[[_Request], Allocator]] = {
 
 # Importances that densities are in proportion to.
 _OURS: dict[str, Callable[[_Request], dict[str, float]]] = {
-    "effective_rank": partial(_by_covariance, what="effective_rank", measure=imp.effective_rank),
-    "rate": partial(_by_covariance, what="rate", measure=imp.coding_rate),
+    "effective_rank": partial(_by_covariance, measure=imp.effective_rank),
+    "rate": partial(_by_covariance, measure=imp.coding_rate),
     "stable_rank": _stable_rank,
     "params": lambda request: {layer.name: 1 / layer.size for layer in request.layers},
     "taylor": _taylor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,8 @@ class Total:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
+        given: object = self.sparsity  # NumPy's numbers are welcome, text is not
+        if not isinstance(given, Real) or not 0 <= float(given) < 1:
             raise SparsityError(f"sparsity={self.sparsity!r} should be a share of weights removed, in [0, 1)")
         if not 0 <= self.floor <= 1:
             raise SparsityError(f"floor={self.floor!r} should be a density, in [0, 1]")

@@ -62,10 +62,12 @@ class Moments:
         self.outer = outer if self.outer is None else self.outer.add_(outer)
 
     def covariance(self) -> Tensor:
-        """Covariance, shape (C, C), float64, divided by the count."""
+        """Covariance, shape (C, C), float64, divided by the count. Channels that do not vary are 0, without rounding noise."""
         assert self.total is not None and self.outer is not None
         mean = self.total / self.count
-        return self.outer / self.count - torch.outer(mean, mean)
+        covariance = self.outer / self.count - torch.outer(mean, mean)
+        varies = (covariance.diagonal() > 1e-12 * self.outer.diagonal() / self.count).to(covariance.dtype)
+        return covariance * torch.outer(varies, varies)
 
 
 @dataclass
