@@ -19,20 +19,27 @@ if TYPE_CHECKING:
         BudgetError,
         CheckpointError,
         DataError,
+        MethodError,
         NonFiniteError,
         NoPrunableGroupError,
         PlanError,
         PrunewiseError,
         SharedParameterError,
+        SparsityError,
         TraceError,
         VerificationError,
     )
     from prunewise.core.groups import ChannelGroup, channel_groups
     from prunewise.core.optimizer import migrate_optimizer
     from prunewise.core.plan import ChannelPlan
+    from prunewise.core.sparsity import SparsityPlan
     from prunewise.core.surgery import apply_plan
     from prunewise.io import load_pruned, save_pruned
-    from prunewise.recipes import CompressReport, CompressResult, compress
+    from prunewise.layers.allocate import allocate
+    from prunewise.layers.compactness import compactness
+    from prunewise.layers.profile import Compactness
+    from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
+    from prunewise.recipes import CompressReport, CompressResult, allocate_channels, compress
     from prunewise.samples.agreement import Agreement, agreement
     from prunewise.samples.pictures import plot_agreement, plot_data_map, plot_histogram
     from prunewise.samples.recorder import LearnabilityRecorder
@@ -53,6 +60,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelPlan",
     "CheckpointError",
+    "Compactness",
     "CompressReport",
     "CompressResult",
     "Cost",
@@ -61,6 +69,7 @@ __all__ = [
     "GateSession",
     "InfoBatchSampler",
     "LearnabilityRecorder",
+    "MethodError",
     "NoPrunableGroupError",
     "NonFiniteError",
     "PlanError",
@@ -68,6 +77,8 @@ __all__ = [
     "SampleScores",
     "SampleSelector",
     "SharedParameterError",
+    "SparsityError",
+    "SparsityPlan",
     "Suspects",
     "TraceError",
     "Triage",
@@ -75,11 +86,16 @@ __all__ = [
     "WeightedSampler",
     "__version__",
     "agreement",
+    "allocate",
+    "allocate_channels",
     "apply_plan",
     "attach_gates",
+    "attach_masks_",
     "channel_groups",
+    "compactness",
     "compress",
     "load_pruned",
+    "make_permanent_",
     "measure",
     "migrate_optimizer",
     "plan_channels",
@@ -88,6 +104,7 @@ __all__ = [
     "plot_histogram",
     "save_pruned",
     "select_subset",
+    "sparsify_",
     "suspects",
     "track",
     "triage",
@@ -103,9 +120,9 @@ _HOMES = {
     "core.groups": ("ChannelGroup", "channel_groups"),
     "core.plan": ("ChannelPlan",),
     "core.optimizer": ("migrate_optimizer",),
+    "core.sparsity": ("SparsityPlan",),
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
-    "recipes": ("CompressReport", "CompressResult", "compress"),
     "samples.agreement": ("Agreement", "agreement"),
     "samples.pictures": ("plot_agreement", "plot_data_map", "plot_histogram"),
     "samples.recorder": ("LearnabilityRecorder",),
@@ -115,6 +132,11 @@ _HOMES = {
     "samples.selector": ("SampleSelector",),
     "samples.suspecting": ("Suspects", "suspects"),
     "samples.tracking": ("track",),
+    "layers.allocate": ("allocate",),
+    "layers.compactness": ("compactness",),
+    "layers.profile": ("Compactness",),
+    "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
+    "recipes": ("CompressReport", "CompressResult", "allocate_channels", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

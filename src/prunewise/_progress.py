@@ -35,8 +35,8 @@ class _Bar(Progress):
 
 
 @contextlib.contextmanager
-def progress(shown: bool, total: int) -> Iterator[Progress]:
-    """The progress of a run of `total` steps."""
+def progress(shown: bool, total: int | None, label: str = "compress") -> Iterator[Progress]:
+    """The progress of a run of `total` steps; None where nobody knows how many."""
     if not shown:
         yield Progress()
         return
@@ -48,7 +48,7 @@ def progress(shown: bool, total: int) -> Iterator[Progress]:
         except ImportError:
             pass
         else:
-            columns = (TextColumn("compress"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("", total=total)
                 yield _Bar(

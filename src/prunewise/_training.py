@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from prunewise._progress import Progress, progress
 from prunewise._state import load_state, rng_state, save_state, set_rng_state
 from prunewise.channels.session import GateSession
+from prunewise.core.batch import inputs_of
 from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
 from prunewise.core.plan import ChannelPlan
-from prunewise.core.trace import Inputs, as_call
+from prunewise.core.trace import as_call
 
-TARGET_KEYS = ("labels", "label", "targets", "target")
 _STATE = "run"
 
 Loss = Callable[[nn.Module, Any], Tensor] | nn.Module
@@ -53,15 +53,6 @@ class Score:
     value: float
     correct: int | None = None
     total: int | None = None
-
-
-def inputs_of(batch: Any) -> Inputs:
-    """The model's inputs in a batch: a dict without its targets, a tuple or list without its last item."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[0] if len(batch) == 2 else tuple(batch[:-1])
-    return batch
 
 
 # -- what is trained for ------------------------------------------------------------------------------------------

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunewise._training import (
     HistoryRow,
@@ -24,7 +27,6 @@ from prunewise._training import (
     check_settings,
     cosine,
     first_batch,
-    inputs_of,
     make_optimizer,
     moved,
     own_randomness,
@@ -32,13 +34,21 @@ from prunewise._training import (
 )
 from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
-from prunewise.channels.oneshot import plan_channels
+from prunewise.channels.choose import Scores, choose_units
+from prunewise.channels.importance import Importance as UnitImportance
+from prunewise.channels.importance import magnitude
+from prunewise.channels.oneshot import limits_for, make_plan, plan_channels
+from prunewise.core.batch import inputs_of
 from prunewise.core.cost import measure
 from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice
 from prunewise.core.plan import ChannelPlan, fingerprint
-from prunewise.core.surgery import apply_plan, is_gated
+from prunewise.core.sparsity import SparsityPlan
+from prunewise.core.surgery import Surgeon, apply_plan, is_gated
 from prunewise.core.trace import Inputs
+from prunewise.layers.allocate import Importance as LayerImportance
+from prunewise.layers.allocate import allocation
+from prunewise.layers.weights import find_layers
 
 _TAYLOR_BATCHES = 10
 
@@ -240,3 +250,94 @@ def compress(
             task.score(small),
         )
     return CompressResult(small, plan, run.history, report)
+
+
+# -- layers and channels ------------------------------------------------------------------------------------------
+
+# Total densities at which shares of channels are read off; between them they are interpolated.
+_DENSITIES = np.concatenate([[1.0], np.geomspace(0.95, 1e-4, 63)])
+
+
+def allocate_channels(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: Budget,
+    importance: str | LayerImportance = "capacity",
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    units: UnitImportance = magnitude,
+    include: Choice = None,
+    exclude: Choice = None,
+    min_keep: int = 1,
+    round_to: int = 1,
+    progress: bool = True,
+) -> ChannelPlan:
+    """Choose how many channels each group keeps by the importance of its layers, and which ones by their magnitude.
+
+    `allocate` gives a density to each layer at every total; a group keeps the square root of the mean density (by weights)
+    of the layers that make its channels, because cutting inputs and outputs alike by s leaves s² of the weights. The
+    total is lowered until the network's true cost meets the budget; then what still fits is put back.
+
+    Args:
+        model: the network; not changed.
+        example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        budget: what the small network may cost.
+        importance, data, loss: of layers, as for `allocate`; all convolution and linear layers are measured.
+        units: ranks the channels within a group: a callable from (model, groups) to {group name: scores (units,), higher = keep}.
+        include, exclude, min_keep, round_to: of groups, as for `plan_channels`.
+        progress: show how far the pass over the data is, on stderr.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what the floor is.
+        NoPrunableGroupError: nothing can be removed.
+        PlanError, DataError, NonFiniteError: as `allocate` and `plan_channels` do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = allocate_channels(model, torch.zeros(1, 4), budget=Budget(macs=0.5), importance="erk")
+        >>> plan.cost_after["macs"] <= 56
+        True
+    """
+    if is_gated(model):
+        raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    costs = Surgeon.of(model, example_inputs).costs
+    limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)
+    layers = find_layers(model)
+    plan_at = allocation(model, layers, importance, data, loss=loss, shown=progress)
+    plans = [plan_at(1 - float(density)) for density in _DENSITIES]
+    names = {f"{path}.weight" if path else "weight": layer.name for layer in layers for path, _ in layer.owners}
+    scores = units(model, limits.groups)
+    worth = {}
+    for group in limits.groups:
+        found = np.asarray(scores.get(group.name, ()), dtype=np.float64)
+        if found.shape != (group.size,) or not np.isfinite(found).all():
+            raise PlanError(f"units= should give {group.name!r} one finite score for each of its {group.size} units")
+        made_by = {names[m.name] for m in group.members if m.role == "out" and m.dim < 2 and m.name in names}
+        worth[group.name] = _worth_of(group.size, made_by, plans)[_ranks(found)]
+    keep = choose_units(worth, limits)
+    notes = {"importance": plans[0].notes["importance"], "allocation": "layers", **limits.notes(keep)}
+    return make_plan(fingerprint(model), costs, keep, notes, example_inputs)
+
+
+def _ranks(scores: Scores) -> npt.NDArray[np.int64]:
+    """0 for the highest score; ties go to the lower index."""
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    return ranks
+
+
+def _worth_of(size: int, made_by: Iterable[str], plans: Sequence[SparsityPlan]) -> Scores:
+    """For the best unit of a group, the next, …: the total sparsity at which it goes, shape (units,); the later the more worth."""
+    names = sorted(made_by)
+    shares = []
+    for plan, total in zip(plans, _DENSITIES, strict=True):
+        kept = sum(plan.keep[name] for name in names)
+        density = kept / sum(plan.sizes[name] for name in names) if names else float(total)
+        shares.append(math.sqrt(density))
+    falling = np.minimum.accumulate(shares)  # rounding to whole weights may make it rise by one
+    goes_at = (np.arange(size) + 0.5) / size
+    # np.interp wants rising points; among equal ones the last counts, which is the largest density.
+    log_density = np.interp(goes_at, falling[::-1], np.log(_DENSITIES)[::-1])
+    result: Scores = -log_density
+    return result

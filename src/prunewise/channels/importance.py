@@ -6,8 +6,7 @@ divided by cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from prunewise.core.batch import cross_entropy, differentiable
 from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
-from prunewise.core.trace import as_call
-from prunewise.core.untouched import evaluating
 
 Scores = npt.NDArray[np.float64]
 Importance = Callable[[nn.Module, Sequence[ChannelGroup]], Mapping[str, Scores]]
@@ -116,7 +114,7 @@ def taylor(
     scores = {g.name: np.zeros(g.size) for g in groups}
     totals = {b.name: 0.0 for b in branches}
     batches = 0
-    with _differentiable(model, watched):
+    with differentiable(model, watched):
         for batch in data:
             value = (loss or cross_entropy)(model, batch)
             gradients = torch.autograd.grad(value, watched, allow_unused=True)
@@ -132,20 +130,6 @@ def taylor(
     if masses is not None:
         masses.update({name: value / batches for name, value in totals.items()})
     return {name: value / batches for name, value in scores.items()}
-
-
-@contextmanager
-def _differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """While active, `model` is in eval mode and gradients reach `parameters`, frozen ones too."""
-    needed = [p.requires_grad for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        with evaluating(model):
-            yield
-    finally:
-        for p, need in zip(parameters, needed, strict=True):
-            p.requires_grad_(need)
 
 
 def _first_order(group: ChannelGroup, found: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
@@ -186,15 +170,6 @@ def in_order_of(masses: Scores, ranks: Scores, size: int, power: float = 0.5) ->
     growth = (size / np.arange(len(masses), 0, -1)) ** power
     result[np.argsort(ranks, kind="stable")] = np.sort(masses) * growth
     return result
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """The default loss: cross-entropy of `model(inputs)` for a batch (inputs, targets)."""
-    inputs, targets = batch[0], batch[1]
-    device = next(model.parameters()).device
-    inputs = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
-    args, kwargs = as_call(inputs)
-    return nn.functional.cross_entropy(model(*args, **kwargs), targets.to(device))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunewise._training import inputs_of, moved
+from prunewise._training import moved
 from prunewise.cli.options import UsageError, nearest
+from prunewise.core.batch import inputs_of
 
 
 def load_factory(spec: str, option: str) -> Callable[[], Any]:

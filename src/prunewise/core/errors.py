@@ -45,3 +45,11 @@ class CheckpointError(PrunewiseError, ValueError):
 
 class DataError(PrunewiseError, ValueError):
     """A data loader, a batch or a setting of the training cannot be used."""
+
+
+class SparsityError(PrunewiseError, ValueError):
+    """A total sparsity, a floor or an importance of layers cannot be met; the message says what can."""
+
+
+class MethodError(PrunewiseError, ValueError):
+    """A pruning method gave something else than a keep mask of the count asked for, or does not suit the layer."""

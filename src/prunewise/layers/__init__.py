@@ -1,0 +1,1 @@
+"""How compact each layer can be, and which sparsity each one gets."""

@@ -1,0 +1,291 @@
+"""How much each layer matters: pure functions of a weight, of a covariance, of gradients. Higher = keep more.
+
+None of these is the metric of "How Compact?" (arXiv 1901.02757), whose formulas are not public here; the choice of those that
+`allocate` knows by name, and of its default, is in `layers.allocate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunewise.core.batch import cross_entropy, differentiable
+from prunewise.core.errors import DataError, NonFiniteError
+from prunewise.core.untouched import evaluating
+from prunewise.layers.masks import top, with_weights
+from prunewise.layers.statistics import batches
+from prunewise.layers.weights import Layer
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+# -- of a covariance ----------------------------------------------------------------------------------------------
+
+
+def effective_rank(covariance: Tensor) -> float:
+    """Exp of the entropy of the normalised eigenvalues: how many directions are in use, in [1, C]; 0 for a zero matrix.
+
+    Args:
+        covariance: symmetric, positive semidefinite, shape (C, C), float64.
+
+    Source: Roy and Vetterli 2007 (EUSIPCO), "The effective rank", there of singular values; here of the eigenvalues of the
+    covariance, which are shares of the variance.
+
+    Example:
+        >>> round(effective_rank(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0]))), 6)
+        3.0
+    """
+    share = _spectrum(covariance)
+    share = share[share > 0]
+    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+
+def coding_rate(covariance: Tensor, *, distortion: float = 0.5) -> float:
+    """½ log₂ det(I + C·Σ / (ε² tr Σ)): bits a vector takes at a distortion of ε of its scale, ≥ 0; 0 for a zero matrix.
+
+    Args:
+        covariance: as for `effective_rank`.
+        distortion: ε, as a share of the root mean square of a channel.
+
+    Source: Ma et al. 2007 (TPAMI 29(9)), equation 7; here Σ is divided by its mean eigenvalue, so that the rate does not
+    depend on the scale of the activations.
+    """
+    share = _spectrum(covariance)
+    return float(0.5 * torch.log2(1 + share * len(share) / distortion**2).sum())
+
+
+def _spectrum(covariance: Tensor) -> Tensor:
+    """Eigenvalues as shares of their sum, shape (C,), float64; all 0 where the sum is."""
+    values = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0)
+    # Rounding leaves tiny ones where the rank is not full.
+    values = torch.where(values > values[-1] * len(values) * 1e-12, values, torch.zeros_like(values))
+    total = values.sum()
+    return values / total if total > 0 else values
+
+
+def per_weight(directions_in: float, directions_out: float, layer: Layer) -> float:
+    """Weights that `directions_in` + `directions_out` call for (and the kernel's positions), as a share of the layer's.
+
+    With all directions in use it is the ratio of Erdős–Rényi-kernel: (in + out + Σ kernel) / weights. So a layer of
+    which few directions are in use gets fewer weights than its shape alone would give it.
+    """
+    kernel = layer.shape[2:] if layer.positions > 1 else ()
+    return (directions_in + directions_out + sum(kernel)) / layer.size
+
+
+# -- of a weight --------------------------------------------------------------------------------------------------
+
+
+def stable_rank(matrix: Tensor) -> float:
+    """‖W‖²_F / ‖W‖²₂ of each matrix, summed over groups; in [1, min(rows, columns)] for one matrix, 0 for zeros.
+
+    Args:
+        matrix: shape (groups, rows, columns) or (rows, columns).
+
+    Source: Rudelson and Vershynin 2007, arXiv math/0503442.
+    """
+    squares = _singular_squares(matrix)
+    largest = squares.amax(-1)
+    return float(torch.where(largest > 0, squares.sum(-1) / largest, torch.zeros_like(largest)).sum())
+
+
+def freedom(rank: float, layer: Layer) -> float:
+    """Degrees of freedom of matrices of this rank (summed over groups), r·(rows + columns − r), as a share of the weights."""
+    each = rank / layer.groups
+    return each * (layer.rows + layer.columns - each) * layer.groups / layer.size
+
+
+def tail_exponent(matrix: Tensor) -> float:
+    """Hill estimate of the power-law exponent of the weight spectrum, from the upper half of the eigenvalues of WᵀW.
+
+    Lower = heavier tail = better trained, so more of it should be kept. 1 + k / Σ ln(λ_i / λ_k+1), over the k largest.
+
+    Args:
+        matrix: shape (groups, rows, columns) or (rows, columns); the eigenvalues of all groups are taken together.
+
+    Returns:
+        The exponent, > 1; NaN where it is undefined (fewer than 4 eigenvalues above zero, or the upper half all alike).
+
+    Source: Lu et al. 2024, arXiv 2410.10912 (AlphaPruning), equation 2, with k half of the eigenvalues.
+    """
+    values = _singular_squares(matrix).flatten().sort(descending=True).values
+    values = values[values > values[0] * 1e-14]
+    k = len(values) // 2
+    if k < 2:
+        return math.nan
+    spread = float((values[:k] / values[k]).log().sum())
+    return 1 + k / spread if spread > 1e-9 * k else math.nan
+
+
+def _singular_squares(matrix: Tensor) -> Tensor:
+    """Squared singular values, shape (..., min(rows, columns)), float64, of a matrix scaled to a largest entry of 1."""
+    matrix = matrix.detach().double().cpu()
+    largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+    matrix = matrix / largest if largest > 0 else matrix
+    wide = matrix.shape[-1] > matrix.shape[-2]
+    small = matrix @ matrix.mT if wide else matrix.mT @ matrix
+    values: Tensor = torch.linalg.eigvalsh(small)
+    return values.clamp(min=0)
+
+
+def outlier_ratio(matrix: Tensor, squares: Tensor, *, factor: float = 5.0) -> float:
+    """Share of weights whose score |w|·‖x‖ exceeds `factor` times the layer's mean score; in [0, 1].
+
+    Args:
+        matrix: shape (groups, rows, columns).
+        squares: Σ x² of what each column is multiplied with, shape (groups, columns).
+        factor: how large an outlier is.
+
+    Source: Yin et al. 2024, arXiv 2310.05175 (OWL), equation 1, whose M is `factor`; there of a transformer block, here of a layer.
+    """
+    scores = matrix.detach().double().abs() * squares.to(matrix.device).sqrt().unsqueeze(1)
+    return float((scores > factor * scores.mean()).double().mean())
+
+
+# -- of the loss --------------------------------------------------------------------------------------------------
+
+
+def mean_gradients(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any] | None,
+    *,
+    loss: Loss | None = None,
+    what: str = "taylor",
+    shown: bool = False,
+) -> dict[str, Tensor]:
+    """∂loss/∂w averaged over all samples, by layer, shape of the weight, float64; in eval mode.
+
+    The loss of a batch should be the mean over its samples: batches count by their size, so that sizes do not matter.
+
+    Raises:
+        DataError: no data, or an empty loader.
+        NonFiniteError: a gradient is NaN or infinite; names the layer.
+    """
+    watched = [layer.parameter for layer in layers]
+    sums = [torch.zeros(layer.shape, dtype=torch.float64, device=layer.parameter.device) for layer in layers]
+    samples = 0
+    with differentiable(model, watched):
+        for batch in batches(model, data, what, shown):
+            size = _samples_in(batch)
+            gradients = torch.autograd.grad((loss or cross_entropy)(model, batch), watched, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.detach().double() * size
+            samples += size
+    result = {layer.name: total / samples for layer, total in zip(layers, sums, strict=True)}
+    _check_gradients(result)
+    return result
+
+
+def fisher_mass(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any] | None,
+    *,
+    loss: Loss | None = None,
+    shown: bool = False,
+) -> dict[str, float]:
+    """½ Σ_w w²·E[(∂loss/∂w)²] by layer, ≥ 0: what the loss gains at second order when a layer goes, by Fisher's curvature.
+
+    One backward pass a sample: the square is of each sample's own gradient, so batch sizes do not matter. Batches are
+    split along their first dimension.
+
+    Source: Theis et al. 2018, arXiv 1801.05787, equation 6 (empirical Fisher); there of feature maps, here of the weights, summed
+    over a layer.
+
+    Raises:
+        DataError: no data, or an empty loader.
+        NonFiniteError: a gradient is NaN or infinite; names the layer.
+    """
+    watched = [layer.parameter for layer in layers]
+    sums = [torch.zeros((), dtype=torch.float64, device=layer.parameter.device) for layer in layers]
+    samples = 0
+    with differentiable(model, watched):
+        for batch in batches(model, data, "fisher", shown):
+            for sample in _split(batch):
+                value = (loss or cross_entropy)(model, sample)
+                gradients = torch.autograd.grad(value, watched, allow_unused=True)
+                for layer, total, gradient in zip(layers, sums, gradients, strict=True):
+                    if gradient is not None:
+                        total += (gradient.detach().double() * layer.weight.double()).square().sum()
+                samples += 1
+    result = {layer.name: total / (2 * samples) for layer, total in zip(layers, sums, strict=True)}
+    _check_gradients(result)
+    return {name: float(value) for name, value in result.items()}
+
+
+def taylor_mass(gradient: Tensor, weight: Tensor) -> float:
+    """Σ |w·∂loss/∂w|, ≥ 0: what the loss may change at first order when weights of a layer go.
+
+    Source: Molchanov et al. 2019, arXiv 1906.10771, equation 8 without the square, of single weights.
+    """
+    return float((gradient.double() * weight.detach().double()).abs().sum())
+
+
+def loss_increase(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any] | None,
+    *,
+    removed: float = 0.5,
+    loss: Loss | None = None,
+    shown: bool = False,
+) -> dict[str, float]:
+    """How much the mean loss rises when the smallest half (or another share) of one layer's weights goes alone; ≥ 0.
+
+    A loss that falls counts as no rise. Each batch is run 1 + L times (L layers), in eval mode; the weights are put back
+    bit for bit.
+
+    Source: sensitivity analysis as in Han et al. 2015, arXiv 1506.02626; the form is ours.
+
+    Raises:
+        DataError: no data, or an empty loader.
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    kept = [layer.weight * top(layer.weight.abs(), layer.size - round(layer.size * removed)) for layer in layers]
+    base, rises, samples = 0.0, [0.0] * len(layers), 0
+    with torch.no_grad(), evaluating(model):
+        for batch in batches(model, data, "loss_increase", shown):
+            size = _samples_in(batch)
+            samples += size
+            base += size * float((loss or cross_entropy)(model, batch))
+            for i, layer in enumerate(layers):
+                with with_weights([(layer, kept[i])]):
+                    rises[i] += size * float((loss or cross_entropy)(model, batch))
+    for layer, total in zip(layers, rises, strict=True):
+        if not math.isfinite(total) or not math.isfinite(base):
+            raise NonFiniteError(
+                f"the loss is not finite with {layer.name!r} half removed, or before: look at the data"
+            )
+    return {layer.name: max(0.0, (total - base) / samples) for layer, total in zip(layers, rises, strict=True)}
+
+
+def _check_gradients(found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"the gradient of {name!r} is not finite: look at the data, the loss and the weights")
+
+
+def _samples_in(batch: Any) -> int:
+    """How many samples a batch has: the first dimension of its first tensor that has one."""
+    for value in torch.utils._pytree.tree_leaves(dict(batch) if isinstance(batch, dict) else batch):
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    raise DataError("a batch holds no tensor with samples along its first dimension: give batches of tensors")
+
+
+def _split(batch: Any) -> Iterable[Any]:
+    """The samples of a batch, each a batch of one."""
+    size = _samples_in(batch)
+
+    def one(value: Any, i: int) -> Any:
+        return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    for i in range(size):
+        yield tree_map(lambda value, i=i: one(value, i), batch)
