@@ -176,7 +176,15 @@ class Examination:
         plan = pw.plan_channels(self.model, self.inputs, budget=pw.Budget(macs=0.5), importance="magnitude")
         small = pw.apply_plan(self.model, plan, self.inputs)
         share = counted_macs(small, self.inputs) / full
-        return {"floor": floor / full, "share": share, "right": abs(share - 0.5) <= 0.02}
+        kept = {name: len(units) for name, units in plan.keep.items()}
+        step = {g.name: g.multiple for g in costs.groups}
+        tight = all(costs({**kept, name: n + step[name]}).macs > full / 2 for name, n in kept.items())
+        return {
+            "floor": floor / full,
+            "share": share,
+            "tight": tight,
+            "right": 0.48 <= share <= 0.5 or (share <= 0.5 and tight),
+        }
 
 
 # Each stage and the stages that it builds on.
@@ -305,8 +313,9 @@ def counted_macs(model: nn.Module, inputs: Any) -> int:
     """
     grouped = getattr(torch.ops.aten, "_grouped_mm", None)
     experts = {} if grouped is None else {grouped: lambda x, y, *rest, **more: 2 * x[0] * x[1] * y[-1]}
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # it computes an LSTM in one operation that the counter does not know
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trained:  # the counter fails on a module that is called with a trained parameter
@@ -317,6 +326,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> int:
         ):
             outputs(model, inputs)
     finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast)
         for p in trained:
             p.requires_grad_(True)
