@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunewise._progress import Progress, progress
 from prunewise._state import load_state, rng_state, save_state, set_rng_state
 from prunewise.channels.session import GateSession
-from prunewise.core.batch import inputs_of
+from prunewise.core.batch import inputs_of, moved
 from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.trace import as_call
@@ -141,18 +141,6 @@ class Task:
         if self._loss is None and not isinstance(outputs, Tensor):
             raise DataError(f"the model returns a {type(outputs).__name__}: give loss=, a callable of (model, batch)")
         return outputs, batch[-1]
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(v, device) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(moved(v, device) for v in value)
-    return value
 
 
 # -- training -----------------------------------------------------------------------------------------------------

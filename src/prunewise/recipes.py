@@ -28,7 +28,6 @@ from prunewise._training import (
     cosine,
     first_batch,
     make_optimizer,
-    moved,
     own_randomness,
     seed_epoch,
 )
@@ -38,7 +37,7 @@ from prunewise.channels.choose import Scores, choose_units
 from prunewise.channels.importance import Importance as UnitImportance
 from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan, plan_channels
-from prunewise.core.batch import inputs_of
+from prunewise.core.batch import inputs_of, moved
 from prunewise.core.cost import measure
 from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice

@@ -186,8 +186,6 @@ def _levelled(
     sizes = {group.name: group.size for group in limits.groups}
     return {
         name: tuple(sorted(sorted(kept, key=lambda unit: -worth[name][unit])[: least[sizes[name]]]))
-        if name in sizes
-        else kept
         for name, kept in keep.items()
     }
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunewise._training import moved
 from prunewise.cli.options import UsageError, nearest
-from prunewise.core.batch import inputs_of
+from prunewise.core.batch import inputs_of, moved
 
 
 def load_factory(spec: str, option: str) -> Callable[[], Any]:

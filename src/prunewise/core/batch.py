@@ -25,9 +25,19 @@ def inputs_of(batch: Any) -> Inputs:
     return batch
 
 
-def on_device(value: Any, device: torch.device) -> Any:
-    """`value` with all its tensors on `device`."""
-    return torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` (any nest of mappings, tuples and lists) with all its tensors on `device`."""
+    if isinstance(value, Tensor):
+        # A copy back to the CPU must have arrived before it is read.
+        return value.to(device, non_blocking=torch.device(device).type != "cpu")
+    if isinstance(value, Mapping):
+        return {k: moved(v, device) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        kind: Any = type(value)
+        return kind(*(moved(v, device) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(v, device) for v in value)
+    return value
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -39,7 +49,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def run(model: nn.Module, batch: Any) -> Any:
     """The model's outputs for the inputs in `batch`."""
-    args, kwargs = as_call(on_device(inputs_of(batch), device_of(model)))
+    args, kwargs = as_call(moved(inputs_of(batch), device_of(model)))
     return model(*args, **kwargs)
 
 
@@ -51,7 +61,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """
     device = device_of(model)
     if isinstance(batch, Mapping):
-        out = model(**on_device(dict(batch), device))
+        out = model(**moved(batch, device))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
         if value is None:
             raise DataError("the model returns no 'loss' for a batch that is a dict: give loss=, of (model, batch)")

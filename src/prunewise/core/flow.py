@@ -57,6 +57,11 @@ class Flow:
     _starts: list[int] = field(default_factory=list)
     _dims: list[tuple[str, int]] = field(default_factory=list)
 
+    @property
+    def sites(self) -> set[tuple[str, int]]:
+        """The parameter dimensions that read channels."""
+        return {d.site for d in self.demands if d.site is not None}
+
     def begin(self, trace: Trace) -> None:
         """Start on a trace; labels of parameters and buffers are shared between all traces of a flow."""
         self.trace, self.layouts, self.origins, self._norm_ops = trace, {}, {}, {}

@@ -6,14 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from prunewise.core.errors import PlanError
+from prunewise.core.choice import matcher
 from prunewise.core.labels import LabelArray, Layout
 from prunewise.core.rules.contract import KERNEL
 from prunewise.core.structure import Structure, analyse
@@ -161,7 +160,7 @@ def find_groups(structure: Structure) -> Grouping:
                     np.add.at(signature, ids[ids >= 0], rng.integers(1, 2**63, dtype=np.uint64))
     signature[reason_of >= 0] ^= rng.integers(1, 2**63, dtype=np.uint64)
     order = np.lexsort((np.arange(n), signature, first_slot))
-    sites = {d.site for d in flow.demands if d.site is not None}
+    sites = flow.sites
     cut = np.flatnonzero((np.diff(signature[order]) != 0) | (np.diff(first_slot[order]) != 0)) + 1
     bundles = sorted(np.split(order, cut), key=lambda ids: (first_slot[ids[0]], ids[0]))
     group_of = grouping.group_of
@@ -198,7 +197,7 @@ def _is_kernel(reasons: list[str], reason: int) -> bool:
 def _state_slots(structure: Structure) -> list[tuple[str, int, LabelArray]]:
     """(name, dim, labels) of every labelled dimension of parameters and buffers, in order of use, producers first."""
     flow = structure.flow
-    sites = {d.site for d in flow.demands if d.site is not None}
+    sites = flow.sites
     when: dict[str, int] = {}
     for each in structure.passes:
         for op in each.trace.ops:
@@ -256,7 +255,7 @@ def _made_anew(
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Classes that buffers outside the state_dict hold, and no other tensor but those that read them."""
     unsaved = structure.trace.unsaved
-    sites = {d.site for d in structure.flow.demands}
+    sites = structure.flow.sites
     others = [labels for name, dim, labels in slots if name not in unsaved and (name, dim) not in sites]
     saved = grouping.classes(np.concatenate(others)) if others else np.zeros(0, dtype=np.int64)
     for name, _, labels in slots:
@@ -313,26 +312,16 @@ def select(groups: Sequence[ChannelGroup], include: Choice = None, exclude: Choi
     Raises:
         PlanError: a name or pattern fits no group at all.
     """
-    wanted, unwanted = _matcher(groups, include, True), _matcher(groups, exclude, False)
+
+    def unknown(pattern: str) -> str:
+        known = ", ".join(sorted({re.sub(r"\d+", "*", g.name) for g in groups if g.prunable})[:12])
+        return f"no channel group matches {pattern!r}; there are groups like: {known}"
+
+    wanted = matcher(groups, include, True, _names, unknown)
+    unwanted = matcher(groups, exclude, False, _names, unknown)
     return [g for g in groups if g.prunable and wanted(g) and not unwanted(g)]
 
 
-def _matcher(groups: Sequence[ChannelGroup], choice: Choice, default: bool) -> Callable[[ChannelGroup], bool]:
-    if choice is None:
-        return lambda group: default
-    if callable(choice):
-        return choice
-    patterns = [choice] if isinstance(choice, str) else list(choice)
-
-    def names(group: ChannelGroup) -> set[str]:
-        return (
-            {group.name}
-            | {m.name for m in group.members if m.role == "out"}
-            | {m.name.rpartition(".")[0] for m in group.members if m.role == "out"}
-        )
-
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for g in groups for name in names(g)):
-            known = ", ".join(sorted({re.sub(r"\d+", "*", g.name) for g in groups if g.prunable})[:12])
-            raise PlanError(f"no channel group matches {pattern!r}; there are groups like: {known}")
-    return lambda group: any(fnmatchcase(name, p) for name in names(group) for p in patterns)
+def _names(group: ChannelGroup) -> set[str]:
+    made = {m.name for m in group.members if m.role == "out"}
+    return {group.name} | made | {name.rpartition(".")[0] for name in made}

@@ -67,11 +67,12 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     found: list[Norm] = []
     others: set[str] = set()  # modules of which some call is no such norm
     known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], bool, str] | None] = {}
+    makers = {out: op.module for op in reversed(trace.ops) for out in op.outputs}  # the first to make each tensor
     for path, run in groupby(trace.ops, key=lambda op: op.module):
         ops = list(run)
         module = modules.get(path)
         source = _only_input(ops, trace)
-        if module is None or source is None or _made_inside(trace, source, path):
+        if module is None or source is None or _is_inside(makers.get(source), path):
             others.add(path)
             continue
         shape = trace.tensors[source].shape
@@ -88,9 +89,8 @@ def find_norms(model: nn.Module, trace: Trace) -> list[Norm]:
     return [norm for norm in found if norm.path not in others]
 
 
-def _made_inside(trace: Trace, tensor: int, path: str) -> bool:
-    """True where a child of the module at `path` made the tensor."""
-    maker = next((op.module for op in trace.ops if tensor in op.outputs), None)
+def _is_inside(maker: str | None, path: str) -> bool:
+    """True where the module that made a tensor (None: no module did) is a child of the one at `path`."""
     return maker is not None and (not path or maker.startswith(f"{path}."))
 
 

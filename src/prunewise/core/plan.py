@@ -12,6 +12,7 @@ from torch import nn
 
 from prunewise.core import inputs as _inputs
 from prunewise.core.branches import Branch, check_keep, drops_blocks
+from prunewise.core.checks import check_plan, is_count
 from prunewise.core.errors import PlanError
 from prunewise.core.groups import ChannelGroup
 
@@ -62,13 +63,7 @@ class ChannelPlan:
         Raises:
             PlanError: a field is missing, of the wrong type or out of range, or the version is not this one.
         """
-        if not isinstance(data, dict) or data.get("kind") != _KIND:
-            raise PlanError(f"this is not a channel plan: its 'kind' should be {_KIND!r}")
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise PlanError(
-                f"channel plan of schema version {data.get('schema_version')!r}; this prunewise reads version "
-                f"{SCHEMA_VERSION}: make the plan again with this version"
-            )
+        data = check_plan(data, "channel plan", _KIND, SCHEMA_VERSION)
         fingerprint, groups = data.get("fingerprint"), data.get("groups")
         if not isinstance(fingerprint, str) or not isinstance(groups, dict):
             raise PlanError("channel plan without a 'fingerprint' (text) or 'groups' (object)")
@@ -76,14 +71,14 @@ class ChannelPlan:
         for name, group in groups.items():
             size = group.get("size") if isinstance(group, dict) else None
             kept = group.get("keep") if isinstance(group, dict) else None
-            if not (isinstance(size, int) and _is_count(size)) or size < 1 or not isinstance(kept, list):
+            if not (isinstance(size, int) and is_count(size)) or size < 1 or not isinstance(kept, list):
                 raise PlanError(f"channel plan, group {name!r}: needs 'size' (a count) and 'keep' (a list of indices)")
             check_kept(name, kept, size)
             keep[str(name)], sizes[str(name)] = tuple(kept), size
         costs = []
         for key in ("cost_before", "cost_after"):
             cost = data.get(key, {})
-            if not isinstance(cost, dict) or not all(_is_count(v) for v in cost.values()):
+            if not isinstance(cost, dict) or not all(is_count(v) for v in cost.values()):
                 raise PlanError(f"channel plan: {key!r} should hold counts")
             costs.append({str(k): int(v) for k, v in cost.items()})
         notes = data.get("notes", {})
@@ -119,13 +114,9 @@ class ChannelPlan:
         check_keep(self.keep, branches)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def check_kept(name: str, kept: Sequence[Any], size: int) -> None:
     """Raise `PlanError` where the kept units of a group are not ascending indices into it."""
-    if not all(_is_count(i) and i < size for i in kept) or any(b <= a for a, b in pairwise(kept)):
+    if not all(is_count(i) and i < size for i in kept) or any(b <= a for a, b in pairwise(kept)):
         raise PlanError(f"group {name!r}: kept units should be indices in [0, {size}), ascending, without repetition")
 
 

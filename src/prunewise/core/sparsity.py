@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunewise.core.checks import check_plan
 from prunewise.core.errors import PlanError
 
 SCHEMA_VERSION = 1
@@ -72,14 +73,7 @@ class SparsityPlan(Mapping[str, float]):
         Raises:
             PlanError: a field is missing, of the wrong type or out of range, or the version is not this one.
         """
-        if not isinstance(data, dict) or data.get("kind") != _KIND:
-            raise PlanError(f"this is not a sparsity plan: its 'kind' should be {_KIND!r}")
-        version = data.get("schema_version")
-        if type(version) is not int or version != SCHEMA_VERSION:
-            raise PlanError(
-                f"sparsity plan of schema version {version!r}; this prunewise reads version {SCHEMA_VERSION}: "
-                "make the plan again with this version"
-            )
+        data = check_plan(data, "sparsity plan", _KIND, SCHEMA_VERSION)
         layers, notes = data.get("layers"), data.get("notes", {})
         if not isinstance(layers, dict) or not layers or not isinstance(notes, dict):
             raise PlanError("sparsity plan without 'layers' (an object, not empty), or with 'notes' that are no object")

@@ -80,7 +80,17 @@ class Op:
     @property
     def writes(self) -> bool:
         """True where an argument is changed in place."""
-        return any(a.alias_info is not None and a.alias_info.is_write for a in self.func._schema.arguments)
+        return bool(self._write_arguments)
+
+    @property
+    def written(self) -> list[int]:
+        """Ids of the tensors that are changed in place."""
+        leaves = tree_flatten([self.args.get(name) for name in self._write_arguments])[0]
+        return [leaf.id for leaf in leaves if isinstance(leaf, Ref)]
+
+    @property
+    def _write_arguments(self) -> list[str]:
+        return [a.name for a in self.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
     @property
     def computes(self) -> bool:

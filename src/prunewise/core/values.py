@@ -34,7 +34,7 @@ class Values:
             inputs = op.inputs
             seen = {t: self._now(t) for t in inputs}
             returns = op.func._schema.returns
-            written = _written(op)
+            written = op.written
             others = {m for t in written for m in members.get(root(t), [t])} - set(op.outputs)
             extra = [self._now(m) for m in others if m not in seen]
             self.arguments.append(seen)
@@ -128,15 +128,6 @@ class Values:
                     seen.add(v)
                     queue.append(v)
         return seen
-
-
-def _written(op: Op) -> list[int]:
-    """Tensors that the operation changes in place."""
-    found = []
-    for argument in op.func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [leaf.id for leaf in tree_flatten(op.args.get(argument.name))[0] if isinstance(leaf, Ref)]
-    return found
 
 
 _ZERO_STAYS = {

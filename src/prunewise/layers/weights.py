@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from prunewise.core.choice import matcher
 from prunewise.core.errors import NonFiniteError, NoPrunableGroupError, PlanError
 
 Choice = str | Iterable[str] | Callable[["Layer"], bool] | None
@@ -175,22 +175,18 @@ def _layer(path: str, module: Any, parameter: nn.Parameter, owners: tuple[tuple[
 
 
 def _chosen(layers: Sequence[Layer], include: Choice, exclude: Choice) -> list[Layer]:
-    wanted, unwanted = _matcher(layers, include, True), _matcher(layers, exclude, False)
+    def unknown(pattern: str) -> str:
+        paths = sorted({path for layer in layers for path in _paths(layer)})
+        near = get_close_matches(pattern, paths, 3, 0.3) or paths[:6]
+        return f"no layer matches {pattern!r}; there are layers like: {', '.join(near) or 'none'}"
+
+    wanted = matcher(layers, include, True, _paths, unknown)
+    unwanted = matcher(layers, exclude, False, _paths, unknown)
     return [layer for layer in layers if wanted(layer) and not unwanted(layer)]
 
 
-def _matcher(layers: Sequence[Layer], choice: Choice, default: bool) -> Callable[[Layer], bool]:
-    if choice is None:
-        return lambda layer: default
-    if callable(choice):
-        return choice
-    patterns = [choice] if isinstance(choice, str) else list(choice)
-    paths = sorted({path for layer in layers for path, _ in layer.owners})
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            near = get_close_matches(pattern, paths, 3, 0.3) or paths[:6]
-            raise PlanError(f"no layer matches {pattern!r}; there are layers like: {', '.join(near) or 'none'}")
-    return lambda layer: any(fnmatchcase(path, p) for path, _ in layer.owners for p in patterns)
+def _paths(layer: Layer) -> list[str]:
+    return [path for path, _ in layer.owners]
 
 
 def check_finite(layers: Sequence[Layer]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import CheckpointError, DataError
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.observing import TASKS
@@ -107,6 +108,7 @@ def checked_state(given: Any, mine: Mapping[str, Any], length: int) -> dict[str,
     return saved
 
 
-def is_count(value: Any, least: int = 0) -> bool:
-    """True for an int of at least `least`; truth values are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def require(condition: bool, message: str) -> None:
+    """Raise `DataError` with the message where the condition does not hold."""
+    if not condition:
+        raise DataError(message)

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prunewise.core.batch import moved
 from prunewise.core.errors import DataError
+from prunewise.core.untouched import evaluating
 from prunewise.samples.tracking import FIELD
 
 _LABELS = ("labels", "targets", "label", "target")
@@ -29,18 +31,12 @@ def record_pass(
     if device is None:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else None
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                if device is not None:
-                    batch = _moved(batch, device)
-                ids, logits, targets = _forward(model, batch) if forward is None else forward(model, batch)
-                recorder.update(ids, logits, targets)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        for batch in loader:
+            if device is not None:
+                batch = moved(batch, device)
+            ids, logits, targets = _forward(model, batch) if forward is None else forward(model, batch)
+            recorder.update(ids, logits, targets)
 
 
 def _forward(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
@@ -65,16 +61,3 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise DataError(f"the model returns a {type(output).__name__} without logits: give forward=")
     return found
-
-
-def _moved(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {k: _moved(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        kind: Any = type(batch)
-        return kind(*(_moved(v, device) for v in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(v, device) for v in batch)
-    return batch

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
 from prunewise.samples.checking import (
     KIND,
@@ -19,8 +20,8 @@ from prunewise.samples.checking import (
     check_ids,
     check_labels,
     checked_state,
-    is_count,
     numbers_of,
+    require,
 )
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.merging import is_distributed, merge_states, sum_over_ranks
@@ -110,17 +111,17 @@ class LearnabilityRecorder:
         ids: Sequence[Any] | SampleIndex | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        _require(is_count(n) and 1 <= n < 1 << 31, f"n={n!r} should be the number of samples, an int of at least 1")
-        _require(task in TASKS, f"task={task!r} should be one of {', '.join(TASKS)}")
-        _require(mode in MODES, f"mode={mode!r} should be 'train' or 'clean'")
-        _require(is_count(el2n_window) and el2n_window >= 1, f"el2n_window={el2n_window!r} should be an int ≥ 1")
-        _require(is_count(ignore_index, -(1 << 62)), f"ignore_index={ignore_index!r} should be an int")
+        require(is_count(n) and 1 <= n < 1 << 31, f"n={n!r} should be the number of samples, an int of at least 1")
+        require(task in TASKS, f"task={task!r} should be one of {', '.join(TASKS)}")
+        require(mode in MODES, f"mode={mode!r} should be 'train' or 'clean'")
+        require(is_count(el2n_window) and el2n_window >= 1, f"el2n_window={el2n_window!r} should be an int ≥ 1")
+        require(is_count(ignore_index, -(1 << 62)), f"ignore_index={ignore_index!r} should be an int")
         share = isinstance(hit_share, (int, float)) and not isinstance(hit_share, bool) and 0 < hit_share <= 1
-        _require(share, f"hit_share={hit_share!r} should be a share in (0, 1]")
-        _require(is_count(trace) and trace < _TRACE_MAX, f"trace={trace!r} should be an int in [0, {_TRACE_MAX})")
-        _require(trace > 0 or not trace_margins, "trace_margins=True needs trace=: how many observations to keep")
+        require(share, f"hit_share={hit_share!r} should be a share in (0, 1]")
+        require(is_count(trace) and trace < _TRACE_MAX, f"trace={trace!r} should be an int in [0, {_TRACE_MAX})")
+        require(trace > 0 or not trace_margins, "trace_margins=True needs trace=: how many observations to keep")
         self.index = SampleIndex(n) if ids is None else ids if isinstance(ids, SampleIndex) else SampleIndex(ids)
-        _require(len(self.index) == n, f"{len(self.index):,} ids for n={n:,} samples")
+        require(len(self.index) == n, f"{len(self.index):,} ids for n={n:,} samples")
         self.num_samples, self.mode = int(n), mode
         self.num_classes: int | None = None
         self._task, self._trace, self._trace_margins = task, int(trace), bool(trace_margins)
@@ -203,7 +204,7 @@ class LearnabilityRecorder:
         Raises:
             DataError: the recorder is in mode "train", or a batch has another form.
         """
-        _require(
+        require(
             self.mode == "clean",
             "this recorder is for training passes, which a clean pass would mix with: make one with mode='clean'",
         )
@@ -270,7 +271,7 @@ class LearnabilityRecorder:
         Raises:
             DataError: the recorder was made without `trace`.
         """
-        _require(
+        require(
             self._trace > 0, "this recorder keeps no trace: make it with trace=, the number of observations to keep"
         )
         self._flush()
@@ -425,11 +426,6 @@ def _classes(task: str, logits: Tensor, targets: Tensor) -> int:
 
 def _reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none was left out"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DataError(message)
 
 
 def _default_device(group: dist.ProcessGroup | None) -> torch.device:

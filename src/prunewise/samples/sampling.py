@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from prunewise.core.errors import CheckpointError, DataError
+from prunewise.core.checks import is_count
+from prunewise.core.errors import CheckpointError
+from prunewise.samples.checking import require
 from prunewise.samples.scores import Floats, Ints, SampleScores
 from prunewise.samples.selection import observed_difficulty
 
@@ -34,18 +36,18 @@ class ScoreSampler(Sampler[int]):
         up = dist.is_available() and dist.is_initialized()
         self.num_replicas = num_replicas if num_replicas is not None else dist.get_world_size() if up else 1
         self.rank = rank if rank is not None else dist.get_rank() if up else 0
-        _require(
-            _is_int(self.num_replicas, 1) and _is_int(self.rank, 0) and self.rank < self.num_replicas,
+        require(
+            is_count(self.num_replicas, 1) and is_count(self.rank, 0) and self.rank < self.num_replicas,
             f"rank={self.rank!r} of num_replicas={self.num_replicas!r}: a rank is an int in [0, num_replicas)",
         )
-        _require(_is_int(seed, 0), f"seed={seed!r} should be an int of at least 0")
+        require(is_count(seed, 0), f"seed={seed!r} should be an int of at least 0")
         self._n, self.seed, self.epoch = n, seed, 0
         self._position = 0  # samples of this epoch that this rank has yielded
         self._cached: tuple[int, Ints] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next, from 0; another epoch begins at its start."""
-        _require(_is_int(epoch, 0), f"epoch={epoch!r} should be an int of at least 0")
+        require(is_count(epoch, 0), f"epoch={epoch!r} should be an int of at least 0")
         if epoch != self.epoch:
             self.epoch, self._position = epoch, 0
 
@@ -88,7 +90,7 @@ class ScoreSampler(Sampler[int]):
             if saved.get(name) != value:
                 raise CheckpointError(f"the sampler's state has {name}={saved.get(name)!r}, this sampler {value!r}")
         epoch, position = saved.get("epoch"), saved.get("position")
-        if not _is_int(epoch, 0) or not _is_int(position, 0):
+        if not is_count(epoch, 0) or not is_count(position, 0):
             raise CheckpointError(f"the sampler's state is damaged: epoch {epoch!r}, position {position!r}")
         assert isinstance(epoch, int) and isinstance(position, int)
         self.epoch, self._position = epoch, position
@@ -150,9 +152,9 @@ class WeightedSampler(ScoreSampler):
         num_replicas: int | None = None,
     ) -> None:
         super().__init__(len(scores), seed, rank, num_replicas)
-        _require(math.isfinite(strength), f"strength={strength!r} should be a finite number")
-        _require(
-            num_samples is None or _is_int(num_samples, 1),
+        require(math.isfinite(strength), f"strength={strength!r} should be a finite number")
+        require(
+            num_samples is None or is_count(num_samples, 1),
             f"num_samples={num_samples!r} should be a count of at least 1",
         )
         if chances is None:
@@ -162,7 +164,7 @@ class WeightedSampler(ScoreSampler):
             sound = (
                 self._chances.shape == (len(scores),) and np.isfinite(self._chances).all() and (self._chances > 0).all()
             )
-            _require(bool(sound), f"chances should be {len(scores):,} positive numbers, one a sample")
+            require(bool(sound), f"chances should be {len(scores):,} positive numbers, one a sample")
         self._chances = self._chances / self._chances.sum()
         self._draws = num_samples or len(scores)
 
@@ -223,10 +225,10 @@ class CurriculumSampler(ScoreSampler):
         num_replicas: int | None = None,
     ) -> None:
         super().__init__(len(scores), seed, rank, num_replicas)
-        _require(_is_int(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
-        _require(0 < start <= 1, f"start={start!r} should be a share in (0, 1]")
-        _require(0 < power < math.inf, f"power={power!r} should be a positive number")
-        _require(order in ("easy_first", "hard_first", "random"), f"order={order!r}: easy_first, hard_first or random")
+        require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
+        require(0 < start <= 1, f"start={start!r} should be a share in (0, 1]")
+        require(0 < power < math.inf, f"power={power!r} should be a positive number")
+        require(order in ("easy_first", "hard_first", "random"), f"order={order!r}: easy_first, hard_first or random")
         difficulty = observed_difficulty(scores, by)
         shuffled = np.random.default_rng([seed]).permutation(self._n)  # ties come in random order
         turned = {"easy_first": difficulty, "hard_first": -difficulty, "random": np.zeros(self._n)}[order]
@@ -277,11 +279,11 @@ class InfoBatchSampler(ScoreSampler):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
-        _require(isinstance(scores, SampleScores) or _is_int(scores, 1), "give SampleScores, or the number of samples")
+        require(isinstance(scores, SampleScores) or is_count(scores, 1), "give SampleScores, or the number of samples")
         super().__init__(scores if isinstance(scores, int) else len(scores), seed, rank, num_replicas)
-        _require(_is_int(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
-        _require(0 <= ratio < 1, f"ratio={ratio!r} should be a share in [0, 1)")
-        _require(0 <= anneal <= 1, f"anneal={anneal!r} should be a share in [0, 1]")
+        require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
+        require(0 <= ratio < 1, f"ratio={ratio!r} should be a share in [0, 1)")
+        require(0 <= anneal <= 1, f"anneal={anneal!r} should be a share in [0, 1]")
         self._epochs, self._ratio, self._anneal, self._by = epochs, float(ratio), float(anneal), by
         self._easy: npt.NDArray[np.bool_] = np.zeros(self._n, bool)
         if isinstance(scores, SampleScores):
@@ -289,7 +291,7 @@ class InfoBatchSampler(ScoreSampler):
 
     def refresh(self, scores: SampleScores) -> None:
         """Take newer scores of the same samples, between two epochs; on all ranks the same."""
-        _require(
+        require(
             isinstance(scores, SampleScores) and len(scores) == self._n,
             f"refresh takes the scores of {self._n:,} samples",
         )
@@ -334,12 +336,3 @@ def _easier(difficulty: Floats) -> Floats:
     from prunewise.samples.agreement import ranks
 
     return ranks(difficulty) / max(1, len(difficulty) - 1)
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DataError(message)
