@@ -109,6 +109,8 @@ def _torchvision(family: str, name: str, kind: str, size: int) -> Entry:
     elif area == "video":
         frames, side = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}.get(name, (8, 64))
         inputs = partial(torch.randn, 2, 3, frames, side, side)
+    elif name == "inception_v3":
+        inputs = partial(_images, 299)  # its auxiliary head, in train mode, takes no less
     elif area == "optical_flow":
         inputs = _image_pairs
     return Entry("torchvision", family, name, kind, build, inputs)

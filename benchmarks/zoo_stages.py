@@ -22,6 +22,7 @@ from zoo_models import Entry, vary_
 
 import prunewise as pw
 from prunewise.channels.oneshot import make_plan
+from prunewise.core.graph import RebuiltModule
 from prunewise.core.plan import fingerprint
 from prunewise.core.sites import masked
 from prunewise.core.surgery import Surgeon
@@ -98,9 +99,12 @@ class Examination:
             self.model.eval()
             self.small = self.session.finish()
         self.plan = self.session.plan
-        kept = type(self.small) is type(self.model)
         told = [str(w.message) for w in caught if "graph module" in str(w.message)]
-        return {"class_kept": kept, "why_graph": told[0].partition("because ")[2][:300] if told else ""}
+        return {
+            "class_kept": type(self.small) is type(self.model),
+            "graphs": sum(isinstance(m, RebuiltModule) for m in self.small.modules()),
+            "why_graph": _without_folders(told[0].partition("because ")[2][:300]) if told else "",
+        }
 
     def equal(self) -> Facts:
         """Gated against small in float32, in the modes that can be compared; and masked against small in float64."""
@@ -346,14 +350,19 @@ def failure(error: BaseException) -> Facts:
     while (before := chain[-1].__cause__) is not None:
         chain.append(before)
     frames = [f for e in reversed(chain) for f in reversed(traceback.extract_tb(e.__traceback__))]
-    places = [f"{re.sub(r'^.*/(?=[^/]+/[^/]+$)', '', f.filename)}:{f.lineno} {f.name}" for f in frames]
+    places = [f"{_without_folders(f.filename)}:{f.lineno} {f.name}" for f in frames]
     ours = [p for p, f in zip(places, frames, strict=True) if "/prunewise/" in f.filename]
     found = {"error": f"{type(error).__name__}: {first_line(error)}", "at": places[:1], "in_prunewise": ours[:1]}
     return found | ({"cause": f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"} if len(chain) > 1 else {})
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+    return _without_folders((str(error).strip().splitlines() or [type(error).__name__])[0])[:400]
+
+
+def _without_folders(text: str) -> str:
+    """Paths of this machine down to the file and its folder."""
+    return re.sub(r"/[\w./-]*/([\w.-]+/[\w.-]+\.py)", r"\1", text)
 
 
 def peak_mib() -> float:

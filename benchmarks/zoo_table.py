@@ -55,15 +55,15 @@ def summary(found: Iterable[Record]) -> str:
         wide = [r for r in traced if r["stages"]["trace"]["macs_share"] >= 0.6]
         half = [r for r in traced if "share" in r["stages"].get("oneshot", {}) and right(r, "oneshot")]
         low = [r for r in traced if r["stages"].get("oneshot", {"floor": 0}).get("floor", 0) > 0.5]
-        kept = [r for r in group if r["stages"].get("finish", {}).get("class_kept")]
+        kept = [r["stages"]["finish"] for r in group if r["stages"].get("finish", {}).get("class_kept")]
         return [
-            name, len(group), len(traced), sum(right(r, "equal") for r in group), sum(map(mismatch, group)), len(kept),
+            name, len(group), len(traced), sum(right(r, "equal") for r in group), sum(map(mismatch, group)), len(kept), sum(f.get("graphs", 0) > 0 for f in kept),
             len(half), len(low), len(wide), sum(right(r) and not r["skip"] for r in group),
         ]  # fmt: skip
 
     found = list(found)
     rows = [row(name, group) for name, group in grouped(found, lambda r: f"{r['suite']}, {r['kind']}").items()]
-    head = ["suite", "models", "traced", "gated = small", "mismatches", "class kept", "half of the MACs", "floor above half",
+    head = ["suite", "models", "traced", "gated = small", "mismatches", "class kept", "with some modules as graphs", "half of the MACs", "floor above half",
             "≥ 60 % of MACs prunable", "all stages right"]  # fmt: skip
     return table(head, [*rows, row("all", found)])
 
@@ -123,10 +123,9 @@ def models(found: Iterable[Record], peer: dict[str, Record]) -> str:
             _said(stages.get("build", {}).get("params"), lambda n: f"{n / 1e6:.2f}"),
             _share(trace.get("params_share")), _share(trace.get("macs_share")), _share(trace.get("macs_floor")),
             _said(trace.get("seconds_analysis"), lambda s: f"{s:.1f}"),
-            {True: "own", False: "graph", None: ""}[finish.get("class_kept")],
+            _class(finish),
             _said(stages.get("gates", {}).get("effect"), lambda e: f"{e:.2g}"),
             _said(stages.get("equal", {}).get("float32"), str),
-            _said(stages.get("gates", {}).get("effect"), lambda e: f"{e:.2g}"),
             _said(oneshot.get("share"), lambda s: f"{s:.3f}"),
             f"{record['seconds']:.0f}",
             _said(max((s.get("peak_mib", 0) for s in stages.values()), default=None), lambda m: f"{m:.0f}"),
@@ -138,6 +137,14 @@ def models(found: Iterable[Record], peer: dict[str, Record]) -> str:
         "gates change", "difference", "half", "all, s", "peak, MiB", "stages", *([PEER] if peer else []),
     ]  # fmt: skip
     return table(head, rows)
+
+
+def _class(finish: dict[str, Any]) -> str:
+    """Whose class the small model is of, and how many of its modules are graphs."""
+    if "class_kept" not in finish:
+        return ""
+    inside = finish.get("graphs", 0)
+    return "graph" if not finish["class_kept"] else f"own, {inside} graphs in it" if inside else "own"
 
 
 def _peer(record: Record | None) -> str:

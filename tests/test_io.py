@@ -207,6 +207,27 @@ def test_flat_weights_of_an_lstm_and_buffers_outside_the_state_dict_follow(tmp_p
     assert same(pw.load_pruned(tmp_path, Recurrent), small, x)
 
 
+def test_a_buffer_that_forward_makes_anew_comes_back_as_it_was(tmp_path):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.register_buffer("grid", torch.zeros(1), persistent=False)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            if self.grid.numel() != h.shape[-1]:
+                self.grid = torch.arange(h.shape[-1], dtype=h.dtype)
+            return self.b((h * self.grid).mean((2, 3)))
+
+    model = Lazy()
+    model(X)
+    plan = pw.plan_channels(model, X, budget=pw.Budget(macs=0.5))
+    small = pw.apply_plan(model, plan, X).eval()
+    pw.save_pruned(tmp_path, small, plan)
+    assert same(pw.load_pruned(tmp_path, Lazy), small, X)
+
+
 def test_nan_weights_and_views_of_larger_storages_come_back(tmp_path, example):
     small = copy.deepcopy(example[0])
     wide = torch.randn(9, *small[5].weight.shape)

@@ -261,9 +261,11 @@ def _fill(small: nn.Module, weights: Mapping[str, Any], saved: TensorFile) -> No
             f"{WEIGHTS_FILE} does not hold this model's tensors: {_some(missing)} missing, {_some(extra)} too many. The "
             "factory should build the architecture that was pruned"
         )
+    made_anew = tensors.keys() - small.state_dict().keys()
     for name, tensor in tensors.items():
         entry = saved.entries[name]
-        if entry.shape != tuple(tensor.shape):
+        # A buffer that code makes anew in forward, as the inputs ask for it, is what it was.
+        if entry.shape != tuple(tensor.shape) and name not in made_anew:
             raise CheckpointError(
                 f"tensor {name!r} was saved with shape {entry.shape}; the plan makes {tuple(tensor.shape)}"
             )

@@ -52,8 +52,8 @@ def compare(model: nn.Module, x: Any, seed: int = 0, batch: bool = True) -> nn.M
     model.train()
     trained = copy.deepcopy(small).train()
     args, kwargs = as_call(x)
-    with masked(model, costs.grouping, keep), torch.no_grad():
-        reference = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
+    with masked(reference, costs.grouping, keep), torch.no_grad():
         torch.manual_seed(0)
         want = tensors_of(reference(*args, **kwargs))
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,23 @@ def test_a_module_that_converts_itself_to_what_it_is() -> None:
     assert small.score.weight.shape == (4, 5)
     assert all(before[name] is p for name, p in model.named_parameters())
     assert model.half().score.weight.dtype == torch.float16, "and converts as ever afterwards"
+
+
+def test_what_train_mode_alone_does_with_parameters_is_told_where_it_cannot_be_followed() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Conv2d(8, 4, 7)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.stem(x)
+            out = self.head(h.mean((2, 3)))
+            return (out, self.aux(h)) if self.training else out
+
+    with pytest.warns(UserWarning, match=r"in train mode .*aux\.weight and 1 others.*inputs that both modes take"):
+        pw.channel_groups(Auxiliary(), torch.zeros(1, 3, 8, 8))  # the auxiliary head takes no map of 6 x 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = pw.channel_groups(Auxiliary(), torch.zeros(1, 3, 9, 9))
+    assert [g.prunable for g in groups if g.name == "stem"] == [True]
+    assert "aux.weight" in {m.name for g in groups if g.name == "stem" for m in g.members}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,11 @@ import torch
 from torch import nn
 
 from prunewise.core import rules as _rules  # noqa: F401  (registers the rules)
-from prunewise.core.errors import TraceError
 from prunewise.core.flow import RULES, Flow, Rectangle
 from prunewise.core.labels import LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm, find_norms
 from prunewise.core.rules.pointwise import pointwise
-from prunewise.core.trace import Inputs, Op, Trace, record
+from prunewise.core.trace import Inputs, Op, Trace, record, record_partly
 
 
 @dataclass
@@ -51,16 +51,21 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     flow = Flow()
     trace = record(model, example_inputs)
     passes = [run_rules(flow, trace, find_norms(model, trace))]
-    try:
-        in_training = record(model, example_inputs, training=True)
-    except TraceError:
-        in_training = None  # detection models want targets in training: what eval shows has to do
-    if in_training is not None and _path(in_training) != _path(passes[0].trace):
+    in_training, failure = record_partly(model, example_inputs, training=True)
+    # Where train mode fails (detection models want targets), what eval mode shows has to do.
+    if failure is None and _path(in_training) != _path(passes[0].trace):
         passes.append(run_rules(flow, in_training, find_norms(model, in_training)))
     used = set().union(*(each.trace.used_state() for each in passes))
     trained = {i for i in passes[0].trace.state.values() if passes[0].trace.tensors[i].kind == "param"}
-    for index in sorted(trained - used):
-        info = passes[0].trace.tensors[index]
+    unused = [passes[0].trace.tensors[i] for i in sorted(trained - used)]
+    if failure is not None and unused:
+        warnings.warn(
+            f"{type(model).__name__} does not run on the example inputs in train mode ({failure.__cause__}), and in eval mode "
+            f"it does not use {unused[0].name}{f' and {len(unused) - 1} others' if len(unused) > 1 else ''}. What it does with "
+            "them in train mode cannot be followed and may fail once channels are removed: give inputs that both modes take",
+            stacklevel=2,
+        )
+    for info in unused:
         for block in flow.state[info.name].blocks:
             flow.store.pin(block.labels, "not used in the forward pass")
     for path, module in model.named_modules():
@@ -97,9 +102,13 @@ def _is_dropout(op: Op) -> bool:
     return op.name in ("div", "mul") and "torch/nn/modules/dropout" in op.where
 
 
-def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
-    """Let the labels flow through a trace; outputs of the model are pinned."""
+def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mapping[int, Layout] | None = None) -> Pass:
+    """Let the labels flow through a trace; outputs of the model are pinned.
+
+    Where the layouts of its inputs are `given`, it is the trace of a part of the model: nothing is pinned at its ends.
+    """
     flow.begin(trace)
+    flow.layouts.update(given or {})
     flow.group_counts = {}
     starts = {norm.ops.start: norm for norm in norms}
     live = trace.live_ops()
@@ -120,7 +129,7 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout
     flow.store.muted = False
-    for index in trace.outputs:
+    for index in trace.outputs if given is None else ():
         for block in flow.layouts.get(index, Layout(())).blocks:
             flow.store.pin(block.labels, "an output of the model")
     return Pass(trace, flow.layouts, flow.group_counts)

@@ -16,7 +16,7 @@ from prunewise.core.branches import Dropped, check_keep, drop, drops_blocks, tra
 from prunewise.core.config import fit_config, has_config
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
-from prunewise.core.graph import rebuild
+from prunewise.core.graph import Parts, rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.proof import check_equal
@@ -47,7 +47,10 @@ class Surgeon:
         return self.costs.grouping
 
     def cut(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]]) -> nn.Module:
-        """A smaller copy of `model` with only the kept units; the user's classes, or else a graph module that warns.
+        """A smaller copy of `model` with only the kept units, in the user's classes.
+
+        Where a width is written into a module's code, that module becomes a graph of it, or else the whole model does; a
+        warning names them.
 
         The copy's operations are checked one by one against what the plan predicts, on fake tensors, and its outputs
         against the masked model's.
@@ -57,8 +60,12 @@ class Surgeon:
         """
         if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.cut)
+        parts = Parts(model, self.grouping, keep, self.example_inputs)
         try:
-            return self._configured(self.sliced(model, keep))
+            small = self._configured(self._sliced(model, keep, parts))
+            if parts.reasons:
+                _tell_of_parts(small, parts.reasons)
+            return small
         except VerificationError as error:
             problem = str(error).partition(". The model was left")[0]
         warnings.warn(
@@ -76,10 +83,13 @@ class Surgeon:
         """
         if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.sliced)
+        return self._sliced(model, keep)
+
+    def _sliced(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], parts: Parts | None = None) -> nn.Module:
         small = copied(model)
         slice_state(small, state_slices(self.grouping, keep))
         _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
-        problem = fit_attributes(small, self.example_inputs, self.costs, keep)
+        problem = fit_attributes(small, self.example_inputs, self.costs, keep, parts)
         if problem is not None:
             raise VerificationError(problem)
         check_equal(model, small, self.grouping, keep, self.example_inputs)
@@ -115,6 +125,18 @@ class Surgeon:
         small = cut(rest, shallow, translate(grouping, rest.grouping, keep))
         check_equal(model, small, grouping, keep, self.example_inputs)
         return small
+
+
+def _tell_of_parts(small: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Warn of the modules that are graphs now."""
+    paths = [p for p in reasons if not any(p.startswith(f"{other}.") for other in reasons)]
+    shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    warnings.warn(
+        f"in the small {type(small).__name__}, {shown} {'are graph modules' if len(paths) > 1 else 'is a graph module'}, not "
+        f"of your class, because {reasons[paths[0]]}. They train, save and load all the same; make that width follow from "
+        "shapes or attributes to keep your class",
+        stacklevel=4,
+    )
 
 
 Way = Callable[[Surgeon, nn.Module, Mapping[str, tuple[int, ...]]], nn.Module]

@@ -52,7 +52,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:
     """Shallow copies of dicts, lists and sets, and of those inside them."""
     if depth and type(value) in (dict, list, set, OrderedDict, defaultdict) and id(value) not in contents:
-        contents[id(value)] = (value, copy.copy(value))
+        contents[id(value)] = (value, copy.copy(value) if value else ())  # of the many hooks, most are none
         for item in list(value.values()) if isinstance(value, dict) else list(value):
             _note_contents(item, contents, depth - 1)
 

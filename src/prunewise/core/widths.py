@@ -2,18 +2,23 @@
 
 The pruned copy is traced on fake tensors and compared with what the plan predicts, operation by operation.
 Where the two part, the modules around that operation are searched for integers equal to the old size; the
-change that lets the comparison get furthest is kept, until it reaches the end.
+change that lets the comparison get furthest is kept, until it reaches the end. Where no integer helps, because the size is
+in the code itself, the module that holds the code becomes a graph of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import CostModel
+from prunewise.core.graph import Parts, RebuiltModule
 from prunewise.core.structure import Pass
 from prunewise.core.trace import Inputs, Op, Trace, record_partly
 
@@ -23,12 +28,19 @@ Originals = dict[tuple[int, str], Any]  # (id of a module, attribute) -> what it
 
 
 def fit_attributes(
-    small: nn.Module, example_inputs: Inputs, costs: CostModel, keep: Mapping[str, tuple[int, ...]]
+    small: nn.Module,
+    example_inputs: Inputs,
+    costs: CostModel,
+    keep: Mapping[str, tuple[int, ...]],
+    parts: Parts | None = None,
 ) -> str | None:
-    """Set width attributes until the pruned copy does what is predicted; None, or what still differs."""
+    """Set width attributes until the pruned copy does what is predicted; None, or what still differs.
+
+    With `parts`, modules of which no attribute mends what differs become graphs.
+    """
     widths = {name: len(kept) for name, kept in keep.items()}
     for number, each in enumerate(costs.grouping.structure.passes):
-        problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1)
+        problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1, parts=parts)
         problem = problem or _moved_slice(small, example_inputs, costs, keep, each, training=number == 1)
         if problem is not None:
             return problem
@@ -36,29 +48,44 @@ def fit_attributes(
 
 
 def _fit_pass(
-    small: nn.Module, inputs: Inputs, costs: CostModel, widths: Mapping[str, int], each: Pass, training: bool
+    small: nn.Module,
+    inputs: Inputs,
+    costs: CostModel,
+    widths: Mapping[str, int],
+    each: Pass,
+    training: bool,
+    parts: Parts | None,
 ) -> str | None:
     predicted = [
         [costs.shape(each.layouts[o], widths) if o in each.layouts else each.trace.tensors[o].shape for o in op.outputs]
         for op in each.trace.ops
     ]
-    at, problem = _first_difference(small, inputs, each.trace, predicted, training)
+    at, problem = _first_difference(small, inputs, each.trace, predicted, training, parts)
     originals: Originals = {}
+    again: set[type] = set()  # classes of which a module is a graph already
     trials = 0
     while problem is not None:
-        best = at
-        for change in _candidates(small, each, predicted, at, originals):
+        changes: Iterator[_Change | _Swap] = _candidates(small, each, predicted, at, originals)
+        if parts is not None:
+            graphs = partial(_graphs, small, parts, each.trace, at)
+            changes = chain(graphs(again, only=again), changes, graphs(again))
+        for change in changes:
+            if trials >= _MAX_TRIALS and isinstance(change, _Change):
+                continue
             undo = change.apply()
-            trials += 1
-            reached, found = _first_difference(small, inputs, each.trace, predicted, training)
-            if found is None or reached > best:
+            trials += isinstance(change, _Change)
+            reached, found = _first_difference(small, inputs, each.trace, predicted, training, parts)
+            if found is None or reached > at:
+                if isinstance(change, _Swap):
+                    assert parts is not None
+                    again |= {type(module) for module in change.old.values()}
+                    parts.reasons.update(dict.fromkeys(change.graphs, problem))
+                else:
+                    for module, name, old, _ in change.targets:
+                        originals.setdefault((id(module), name), old)
                 at, problem = reached, found
-                for module, name, old, _ in change.targets:
-                    originals.setdefault((id(module), name), old)
                 break
             undo()
-            if trials >= _MAX_TRIALS:
-                return problem
         else:
             return problem
     return None
@@ -91,7 +118,12 @@ def _moved_slice(
 
 
 def _first_difference(
-    small: nn.Module, inputs: Inputs, old: Trace, predicted: list[list[tuple[int, ...]]], training: bool
+    small: nn.Module,
+    inputs: Inputs,
+    old: Trace,
+    predicted: list[list[tuple[int, ...]]],
+    training: bool,
+    parts: Parts | None,
 ) -> tuple[int, str | None]:
     """Index in the old trace of the first operation that is not as predicted, and what is wrong, or None.
 
@@ -99,11 +131,11 @@ def _first_difference(
     modules that surgery put another class in the place of.
     """
     new, error = record_partly(small, inputs, training=training)
-    replaced = {n for n, m in small.named_modules() if isinstance(m, PrunedMultiheadAttention)}
-    before = _computing(old, replaced)
-    after = _computing(new, replaced) if error is None else [op for op in new.ops if _computes(op, replaced)]
-    if error is not None:
-        before = [op for op in old.ops if _computes(op, replaced)]
+    replaced = {n for n, m in small.named_modules() if isinstance(m, (PrunedMultiheadAttention, RebuiltModule))}
+    before, after = ([op for op in _live(t, error is None) if _computes(op, replaced)] for t in (old, new))
+    if parts is not None and not training:  # a module that others share is run under the name that it has first
+        inside = parts.operations(replaced)
+        before = [op for op in before if op.index not in inside]
     for a, b in zip(before, after, strict=False):
         where = f"{b.func} in {b.module or 'the model'} ({b.where})"
         if a.func is not b.func or len(a.outputs) != len(b.outputs):
@@ -126,9 +158,10 @@ def _first_difference(
     return len(old.ops), None
 
 
-def _computing(trace: Trace, replaced: set[str]) -> list[Op]:
-    live = trace.live_ops()
-    return [op for op in trace.ops if op.index in live and _computes(op, replaced)]
+def _live(trace: Trace, ended: bool) -> list[Op]:
+    """The operations that an output depends on; all, where the pass has not ended."""
+    live = trace.live_ops() if ended else range(len(trace.ops))
+    return [op for op in trace.ops if op.index in live]
 
 
 def _computes(op: Op, replaced: set[str]) -> bool:
@@ -170,6 +203,50 @@ class _Change:
                 setattr(module, name, old)
 
         return undo
+
+
+class _Swap:
+    """Put graphs in the places of modules."""
+
+    def __init__(self, small: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
+        self.small, self.graphs = small, graphs
+        self.old = {path: small.get_submodule(path) for path in graphs}
+
+    def apply(self) -> Any:
+        self._put(self.graphs)
+        return lambda: self._put(self.old)
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            owner, _, name = path.rpartition(".")
+            self.small.get_submodule(owner)._modules[name] = module
+
+
+def _graphs(
+    small: nn.Module, parts: Parts, trace: Trace, at: int, again: Collection[type], only: Collection[type] | None = None
+) -> Iterator[_Swap]:
+    """A graph of the module around the operation at index `at`, the innermost first.
+
+    Of classes that come up `again`, graphs of all modules in which the same line runs. `only` these classes are tried.
+    """
+    op = trace.ops[min(at, len(trace.ops) - 1)]
+    path = op.module
+    while path:
+        kind = type(small.get_submodule(path))
+        known = kind is RebuiltModule or kind.__module__.startswith("torch.")
+        if not known and (only is None or kind in only):
+            chosen = {path}
+            if kind in again:
+                ran = {o.module for o in trace.ops if o.where == op.where}
+                alike = {p for p, m in small.named_modules() if type(m) is kind}
+                chosen |= {p for p in alike if any(r == p or r.startswith(f"{p}.") for r in ran)}
+            graphs = {}
+            for each in sorted(chosen):
+                with suppress(Exception):  # of one module in many; what stays wrong is told in the end
+                    graphs[each] = parts.graph_of(each, small.get_submodule(each))
+            if path in graphs:
+                yield _Swap(small, graphs)
+        path = path.rpartition(".")[0]
 
 
 def _candidates(

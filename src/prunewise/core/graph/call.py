@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunewise.core.trace import Inputs, as_call
-
 
 @dataclass(frozen=True)
 class _Slot:
@@ -104,22 +102,26 @@ def match(template: Any, value: Any, name: str, found: dict[int, Tensor]) -> Non
 
 @dataclass
 class Call:
-    """How the model is called: its signature, the example's arguments without tensors, the output without tensors."""
+    """How a module is called: its signature, the example's arguments without tensors, the output without tensors."""
 
     signature: inspect.Signature
     arguments: dict[str, Any]
     tensors: list[Tensor]
+    grows: list[int | None]  # by tensor: the dimension that goes with the batch size
     outputs: dict[bool, Any]  # by training
     fixed: set[bool]  # the modes in which the batch size is fixed
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Inputs) -> Call:
-        """Read off the example."""
-        args, kwargs = as_call(example_inputs)
-        signature = inspect.signature(model.forward)
+    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Read off an example of the arguments; whatever has the first tensor's first size is taken to have the batch's."""
+        signature = inspect.signature(module.forward)
         tensors: list[Tensor] = []
         bound = signature.bind(*args, **kwargs).arguments
-        return cls(signature, {k: template(v, tensors) for k, v in bound.items()}, tensors, {}, set())
+        arguments = {k: template(v, tensors) for k, v in bound.items()}
+        batch = next((t.shape[0] for t in tensors if t.dim()), None)
+        return cls(
+            signature, arguments, tensors, [0 if t.dim() and t.shape[0] == batch else None for t in tensors], {}, set()
+        )
 
     def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> list[Tensor]:
         """The tensors of a call, in the order of the example's.
@@ -135,26 +137,34 @@ class Call:
                 match(self.arguments[name], bound.get(name, parameter.default), name, found)
             elif name in bound:
                 match(parameter.default, bound[name], name, found)
-        batch = next((t.shape[0] for t in self.tensors if t.dim()), 0)
-        sizes = [batch] if training in self.fixed else []
-        for i, old in enumerate(self.tensors):
-            first = 1 if old.dim() and old.shape[0] == batch else 0
-            sizes += found[i].shape[:first]
-            if found[i].shape[first:] != old.shape[first:] or (first and sizes[-1] != sizes[0]):
+        growth: tuple[int, int] | None = (1, 1) if training in self.fixed else None  # batch size now : in the example
+        for i, (old, dim) in enumerate(zip(self.tensors, self.grows, strict=True)):
+            want, now = list(old.shape), list(found[i].shape)
+            if dim is not None and len(now) == len(want):
+                growth = growth or (now[dim], want[dim])
+                if now[dim] * growth[1] == want[dim] * growth[0]:
+                    want[dim] = now[dim]
+            if now != want:
                 raise ValueError(
-                    f"tensor {i} of the input has shape {tuple(found[i].shape)}; the exported graph was made for "
-                    f"{tuple(old.shape)}" + ("" if training in self.fixed else ", with any batch size in common")
+                    f"tensor {i} of the input has shape {tuple(now)}; the exported graph was made for {tuple(old.shape)}"
+                    + ("" if training in self.fixed else ", with any batch size in common")
                 )
         return [found[i] for i in range(len(found))]
 
     def doubled(self) -> list[Tensor]:
-        """The example's tensors; twice, where the batch size is 1: export takes a size of 1 for a constant."""
-        if next((t.shape[0] for t in self.tensors if t.dim()), 0) != 1:
+        """The example's tensors; twice, where a batch size is 1: export takes a size of 1 for a constant."""
+        pairs = list(zip(self.tensors, self.grows, strict=True))
+        if not any(dim is not None and t.shape[dim] == 1 for t, dim in pairs):
             return self.tensors
-        return [torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in self.tensors]
+        return [t if dim is None else torch.cat([t, t], dim) for t, dim in pairs]
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+    @property
+    def batch(self) -> int:
+        """The batch size of the example; 0 where no tensor grows with it."""
+        return next((t.shape[d] for t, d in zip(self.tensors, self.grows, strict=True) if d is not None), 0)
+
+    def run(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Call the original with other tensors."""
         bound = self.signature.bind_partial()
         bound.arguments.update({k: fill(t, tensors) for k, t in self.arguments.items()})
-        return model(*bound.args, **bound.kwargs)
+        return module(*bound.args, **bound.kwargs)

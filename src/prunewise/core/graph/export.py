@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,10 +45,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             m.training = was
 
 
-def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The graph of one mode, tensors by the model's own names; and tensors it holds that the model does not name."""
-    batch = next((t.shape[0] for t in call.tensors if t.dim()), None)
-    free = [{0: torch.export.Dim.AUTO} if t.dim() and t.shape[0] == batch else None for t in call.tensors]
+Exported = tuple[fx.Graph, dict[str, Tensor]]  # tensors by the model's own names; tensors that the model does not name
+
+
+def export_graph(model: nn.Module, call: Call, training: bool) -> Exported:
+    """The graph of one mode.
+
+    Raises:
+        TraceError: torch.export cannot capture the model.
+    """
+    free = [None if dim is None else {dim: torch.export.Dim.AUTO} for dim in call.grows]
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
     with in_mode(model, training), nothing_fused(), torch.enable_grad():
@@ -67,7 +72,8 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph
                 continue
             places = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
             if not any(
-                f and isinstance(p, Tensor) and str(p.shape[0]).isdigit() for p, f in zip(places, free, strict=True)
+                dim is not None and isinstance(p, Tensor) and str(p.shape[dim]).isdigit()
+                for p, dim in zip(places, call.grows, strict=True)
             ):
                 break
             call.fixed.add(training)
@@ -75,11 +81,6 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> tuple[fx.Graph
                 break
     if module is None:
         raise failure
-    if training in call.fixed:
-        warnings.warn(
-            f"the rebuilt {name} takes batches of {batch} only in {mode} mode: its code fixes the size",
-            stacklevel=3,
-        )
     graph: fx.Graph = module.graph
     _inline(graph, module)
     graph.set_codegen(fx.graph.CodeGen())

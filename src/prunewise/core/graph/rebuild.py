@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import fx, nn
 
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import TraceError
 from prunewise.core.graph.call import Call
-from prunewise.core.graph.export import export_graph, with_flags
+from prunewise.core.graph.export import Exported, export_graph, with_flags
 from prunewise.core.graph.module import RebuiltModule, skeleton_of
-from prunewise.core.graph.rewrite import Cut, rewrite
+from prunewise.core.graph.rewrite import Cut, Part, rewrite
 from prunewise.core.groups import Grouping
 from prunewise.core.proof import check_equal
 from prunewise.core.slices import slice_state, state_slices
-from prunewise.core.trace import Inputs
+from prunewise.core.trace import Inputs, as_call
 
 
 def rebuild(
@@ -43,8 +45,8 @@ def rebuild(
         masked model.
     """
     grouping = grouping.grouping if isinstance(grouping, CostModel) else grouping
-    call = Call.of(model, example_inputs)
-    cut = Cut(grouping, keep)
+    args, kwargs = as_call(example_inputs)
+    call = Call.of(model, args, kwargs)
     skeleton = copy.deepcopy(skeleton_of(model, {}))
     slice_state(skeleton, state_slices(grouping, keep))
     graphs = {False: export_graph(model, call, False)}
@@ -55,20 +57,34 @@ def rebuild(
         graphs[True] = (with_flags(graphs[False][0]), graphs[False][1])
         call.outputs[True] = call.outputs[False]
         call.fixed |= {True} if False in call.fixed else set()
-    for training, (graph, constants) in graphs.items():
-        for name, tensor in constants.items():
-            skeleton.register_buffer(name, tensor, persistent=False)
-        rewrite(
-            graph,
-            model,
-            skeleton,
-            call.tensors if training in call.fixed else call.doubled(),
-            cut,
-            constants,
-            training,
+    for training in sorted(call.fixed):
+        warnings.warn(
+            f"the rebuilt {type(model).__name__} takes batches of {call.batch} only in {'train' if training else 'eval'} "
+            "mode: its code fixes the size",
+            stacklevel=3,
         )
-    small = RebuiltModule(skeleton, {t: g for t, (g, _) in graphs.items()}, call, type(model).__name__)
-    call.tensors = [t.detach().to("meta") for t in call.tensors]
+    small = assembled(model, skeleton, graphs, call, Cut(grouping, keep))
     small.train(model.training)
     check_equal(model, small, grouping, keep, example_inputs)
     return small
+
+
+def assembled(
+    model: nn.Module,
+    skeleton: nn.Module,
+    graphs: Mapping[bool, Exported],
+    call: Call,
+    cut: Cut,
+    part: Part | None = None,
+) -> RebuiltModule:
+    """The graphs of a model (or of a part of one), rewritten for the smaller tensors that `skeleton` holds."""
+    for training, (graph, constants) in graphs.items():
+        for name, tensor in constants.items():
+            skeleton.register_buffer(name, tensor, persistent=False)
+        inputs = call.tensors if training in call.fixed else call.doubled()
+        rewrite(graph, model, skeleton, inputs, cut, constants, part)
+    call.tensors = [
+        torch.zeros(cut.shape(replace(layout, shape=t.shape)) if layout else t.shape, dtype=t.dtype, device="meta")
+        for t, layout in zip(call.tensors, part.inputs if part else [None] * len(call.tensors), strict=True)
+    ]
+    return RebuiltModule(skeleton, {t: g for t, (g, _) in graphs.items()}, call, type(model).__name__)

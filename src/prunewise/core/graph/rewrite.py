@@ -21,6 +21,7 @@ from prunewise.core.groups import Grouping
 from prunewise.core.labels import Layout
 from prunewise.core.structure import resolve, run_rules
 from prunewise.core.trace import Recorder, Trace
+from prunewise.core.untouched import nothing_fused
 
 _aten = torch.ops.aten
 _PIECES = {
@@ -41,15 +42,15 @@ class Cut:
         self.grouping = replace(grouping, structure=replace(grouping.structure, flow=self.flow))
         self.alive = grouping.alive(keep)
 
-    def run(self, trace: Trace) -> dict[int, Layout]:
-        """Layouts of all tensors of a trace of the same model.
+    def run(self, trace: Trace, given: Mapping[int, Layout] | None = None) -> dict[int, Layout]:
+        """Layouts of all tensors of a trace of the same model, or of a part of it, with the layouts `given` of its inputs.
 
         Raises:
             VerificationError: the trace ties or pins channels that the model's own trace leaves free.
         """
         store, roots = self.flow.store, self.grouping.roots
         pins = len(store.pins)
-        layouts = run_rules(self.flow, trace).layouts
+        layouts = run_rules(self.flow, trace, given=given).layouts
         for rectangle in self.flow.rectangles:
             resolve(self.flow, rectangle)
         self.flow.rectangles.clear()
@@ -69,6 +70,14 @@ class Cut:
         """The shape of what stays."""
         masks = [self.kept(layout, d) for d in range(len(layout.shape))]
         return tuple(n if m is None else int(m.sum()) for n, m in zip(layout.shape, masks, strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a graph of one module of the model: its tensors' names in the model, and what is known of its inputs."""
+
+    names: Mapping[str, str]
+    inputs: Sequence[Layout]
 
 
 class _Run:
@@ -100,7 +109,7 @@ class _Run:
 
 def rewrite(
     graph: fx.Graph, model: nn.Module, small: nn.Module, inputs: Sequence[Tensor], cut: Cut,
-    constants: Mapping[str, Tensor], training: bool,
+    constants: Mapping[str, Tensor], part: Part | None = None,
 ) -> None:  # fmt: skip
     """Rewrite the integers of `graph` in place, from the sizes of `model` to those of `small`.
 
@@ -113,9 +122,10 @@ def rewrite(
     old = _Run(graph, _fakes(fake, model, constants), [fake.from_tensor(t.detach()) for t in inputs])
     for kind, named in (("param", model.named_parameters), ("buffer", model.named_buffers)):
         for name, _ in named(remove_duplicate=False):
-            trace.state[name] = recorder.register(old.state[name], kind, name)
+            known = part.names[name] if part else name
+            trace.state[known] = recorder.register(old.state[name], kind, known)
     ids: dict[fx.Node, list[int]] = {}
-    with torch.no_grad(), fake, recorder:
+    with torch.no_grad(), nothing_fused(), fake, recorder:
         for node in graph.nodes:
             stack[0] = node_line(node)
             value = old.step(node)
@@ -123,13 +133,21 @@ def rewrite(
                 recorder.register(t, "input" if node.op == "placeholder" else "constant") for t in _tensors(value)
             ]
     trace.outputs = ids[next(iter(reversed(graph.nodes)))]
-    layouts = cut.run(trace)
+    given: dict[int, Layout] | None = None
+    if part:
+        places = [ids[node][0] for node in graph.nodes if node.op == "placeholder"]
+        given = {i: replace(x, shape=trace.tensors[i].shape) for i, x in zip(places, part.inputs, strict=True)}
+        inputs = [
+            torch.zeros(cut.shape(given[i]), dtype=t.dtype, device=t.device)
+            for i, t in zip(places, inputs, strict=True)
+        ]
+    layouts = cut.run(trace, given)
     shapes = {n: [t.shape for t in map(trace.tensors.__getitem__, own)] for n, own in ids.items()}
     found = {n: [layouts.get(i) or Layout(s) for i, s in zip(ids[n], shapes[n], strict=True)] for n in ids}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     new = _Run(graph, _fakes(fake, small, constants), [fake.from_tensor(t.detach()) for t in inputs])
     picks: dict[str, tuple[npt.NDArray[np.int64], torch.device]] = {}
-    with torch.no_grad(), fake:
+    with torch.no_grad(), nothing_fused(), fake:
         for node in list(graph.nodes):
             predicted = [cut.shape(layout) for layout in found[node]]
             try:
