@@ -62,10 +62,11 @@ def _fit_pass(
     ]
     at, problem = _first_difference(small, inputs, each.trace, predicted, training, parts)
     originals: Originals = {}
+    own: set[str] = set()  # attributes that were set on a single module
     again: set[type] = set()  # classes of which a module is a graph already
     trials = 0
     while problem is not None:
-        changes: Iterator[_Change | _Swap] = _candidates(small, each, predicted, at, originals)
+        changes: Iterator[_Change | _Swap] = _candidates(small, each, predicted, at, originals, own)
         if parts is not None:
             graphs = partial(_graphs, small, parts, each.trace, at)
             changes = chain(graphs(again, only=again), changes, graphs(again))
@@ -81,6 +82,7 @@ def _fit_pass(
                     again |= {type(module) for module in change.old.values()}
                     parts.reasons.update(dict.fromkeys(change.graphs, problem))
                 else:
+                    own |= {name for _, name, _, _ in change.targets if len(change.targets) == 1}
                     for module, name, old, _ in change.targets:
                         originals.setdefault((id(module), name), old)
                 at, problem = reached, found
@@ -250,9 +252,14 @@ def _graphs(
 
 
 def _candidates(
-    small: nn.Module, each: Pass, predicted: list[list[tuple[int, ...]]], at: int, originals: Originals
+    small: nn.Module,
+    each: Pass,
+    predicted: list[list[tuple[int, ...]]],
+    at: int,
+    originals: Originals,
+    own: Collection[str],
 ) -> Iterator[_Change]:
-    """Changes that might mend the operation at index `at`, the likeliest first."""
+    """Changes that might mend the operation at index `at`, the likeliest first; attributes in `own` differ by module."""
     modules = dict(small.named_modules())
     ops = each.trace.ops
     path = ops[min(at, len(ops) - 1)].module
@@ -267,6 +274,8 @@ def _candidates(
         sizes = {n: _new_sizes(each, predicted, n) for n, _ in alike}
         names = [n for n, v in vars(module).items() if _holds_width(n, originals.get((id(module), n), v))]
         names = [n for n in names if _replaced(originals.get((id(module), n), vars(module)[n]), here, 0) is not None]
+        for name in [n for n in names if n in own]:
+            yield from _alone(module, name, sizes[scope], originals)
         for name in names:
             for choice in range(3):
                 targets: list[tuple[nn.Module, str, Any, Any]] = []
@@ -286,12 +295,17 @@ def _candidates(
                     if chosen:
                         yield _Change(chosen)
         # What one choice for all modules of a class got wrong here
-        for name in names:
-            now = vars(module)[name]
-            first = originals.get((id(module), name), now)
-            for new in (first, *(_replaced(first, sizes[scope], choice) for choice in range(3))):
-                if new is not None and new != now:
-                    yield _Change([(module, name, now, new)])
+        for name in [n for n in names if n not in own]:
+            yield from _alone(module, name, sizes[scope], originals)
+
+
+def _alone(module: nn.Module, name: str, sizes: Sizes, originals: Originals) -> Iterator[_Change]:
+    """All that one attribute of one module may be."""
+    now = vars(module)[name]
+    first = originals.get((id(module), name), now)
+    for new in (first, *(_replaced(first, sizes, choice) for choice in range(3))):
+        if new is not None and new != now:
+            yield _Change([(module, name, now, new)])
 
 
 def _holds_width(name: str, value: Any) -> bool:

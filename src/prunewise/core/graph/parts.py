@@ -26,12 +26,15 @@ from prunewise.core.groups import Grouping
 from prunewise.core.labels import Layout
 from prunewise.core.trace import Inputs, Op, Recorder, Ref, Trace, record_partly
 
+_Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device
+
 
 @dataclass
 class _Seen:
-    """How a module was called: the call, the ids of its tensors, its operations [start, end), and how often."""
+    """How a module was called: the call without its tensors, their forms and ids, its operations [start, end), how often."""
 
     call: Call
+    forms: list[_Form]
     ids: list[int | None]
     start: int
     end: int = 0
@@ -48,7 +51,7 @@ class Parts:
         self.reasons: dict[str, str] = {}  # paths of the modules that are graphs now: what their own code did
         self._cut: Cut | None = None
         self._calls: dict[str, _Seen] | None = None
-        self._exported: dict[Hashable, tuple[dict[bool, Exported], Call]] = {}
+        self._exported: dict[Hashable, tuple[dict[bool, Exported], dict[bool, Any]]] = {}
 
     @property
     def _seen(self) -> dict[str, _Seen]:
@@ -73,8 +76,8 @@ class Parts:
         names = {n: known[id(t)] for n, t in _named(module)}  # a module in it may be shared with others
         layouts = structure.passes[0].layouts
         inputs = [
-            layouts.get(-1 if i is None else i) or Layout(tuple(t.shape))
-            for i, t in zip(seen.ids, seen.call.tensors, strict=True)
+            layouts.get(-1 if i is None else i) or Layout(shape)
+            for i, (shape, *_) in zip(seen.ids, seen.forms, strict=True)
         ]
         part = Part(names, inputs)
         graphs, call = self._export(module, names, seen)
@@ -91,23 +94,22 @@ class Parts:
         """Graphs of the module, to be rewritten; of modules that are alike, one is exported."""
         trace = self.grouping.structure.trace
         own = {trace.state[known]: name for name, known in names.items()}
-        shapes = tuple((t.shape, t.stride(), t.dtype) for t in seen.call.tensors)
+        call = replace(seen.call, tensors=[_zeros(*form) for form in seen.forms], outputs={}, fixed=set())
         key = (
-            repr(seen.call.arguments), tuple(seen.call.grows), shapes, _attributes(module),
+            repr(call.arguments), tuple(call.grows), tuple(seen.forms), _attributes(module),
             _what_runs(trace.ops[seen.start : seen.end], own),
         )  # fmt: skip
         if key not in self._exported:
-            graphs = {training: export_graph(module, seen.call, training) for training in (False, True)}
-            if seen.call.fixed:
+            graphs = {training: export_graph(module, call, training) for training in (False, True)}
+            if call.fixed:
                 raise VerificationError(
                     f"a graph of this {type(module).__name__} would be one for this batch size alone"
                 )
             if any(constants for _, constants in graphs.values()):  # tensors in plain attributes, which may differ
-                return graphs, seen.call
-            self._exported[key] = graphs, seen.call
-        graphs, call = self._exported[key]
-        copies = {training: (copy.deepcopy(graph), constants) for training, (graph, constants) in graphs.items()}
-        return copies, replace(call, tensors=list(seen.call.tensors))
+                return graphs, call
+            self._exported[key] = graphs, call.outputs
+        graphs, call.outputs = self._exported[key]
+        return {training: (copy.deepcopy(graph), constants) for training, (graph, constants) in graphs.items()}, call
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -132,10 +134,8 @@ def _calls(model: nn.Module, example_inputs: Inputs, known: Trace) -> dict[str, 
     _, larger = _pass(model, tree_map(twice, example_inputs))
     for path, seen in found.items():
         other = larger.get(path)
-        if other is not None and len(other.call.tensors) == len(seen.call.tensors):
-            seen.call.grows = [
-                _grown(a.shape, b.shape) for a, b in zip(seen.call.tensors, other.call.tensors, strict=True)
-            ]
+        if other is not None and len(other.forms) == len(seen.forms):
+            seen.call.grows = [_grown(a[0], b[0]) for a, b in zip(seen.forms, other.forms, strict=True)]
     return found
 
 
@@ -146,9 +146,8 @@ def _grown(before: Sequence[int], after: Sequence[int]) -> int | None:
 
 
 def _pass(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, _Seen]]:
-    """A recorded pass, and what the modules were called with, as tensors of zeros."""
+    """A recorded pass, and what the modules were called with."""
     found: dict[str, _Seen] = {}
-    forms: dict[str, list[tuple[Any, ...]]] = {}
 
     @contextmanager
     def watch(recorder: Recorder) -> Iterator[None]:
@@ -157,17 +156,21 @@ def _pass(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, _Seen]]:
                 if path in found:
                     found[path].times += 1
                     return
-                call = Call.of(module, args, kwargs)
+                try:
+                    call = Call.of(module, args, kwargs)
+                except (TypeError, ValueError):  # a forward without a signature
+                    return
                 ids = [recorder.known(t) for t in call.tensors]
-                forms[path] = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in call.tensors]
+                forms: list[_Form] = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in call.tensors]
                 call.tensors = []  # fake ones must not outlive the pass
-                found[path] = _Seen(call, ids, len(recorder.trace.ops))
+                found[path] = _Seen(call, forms, ids, len(recorder.trace.ops))
 
             return hook
 
         def leave(path: str) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                found[path].end = len(recorder.trace.ops)
+                if path in found:
+                    found[path].end = len(recorder.trace.ops)
 
             return hook
 
@@ -183,8 +186,6 @@ def _pass(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, _Seen]]:
                 handle.remove()
 
     trace, _ = record_partly(model, inputs, watch=watch)
-    for path, seen in found.items():
-        seen.call.tensors = [_zeros(*form) for form in forms[path]]
     return trace, found
 
 
