@@ -95,7 +95,7 @@ class Op:
     @property
     def computes(self) -> bool:
         """False for views and copies: what they do shows in the operations that read them."""
-        return not self.is_view and self.name not in ("clone", "_unsafe_view", "contiguous")
+        return not self.is_view and self.name not in ("clone", "_unsafe_view", "contiguous", "as_strided")
 
     @property
     def inputs(self) -> list[int]:

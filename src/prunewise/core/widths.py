@@ -70,9 +70,12 @@ def _fit_pass(
         if parts is not None:
             graphs = partial(_graphs, small, parts, each.trace, at)
             changes = chain(graphs(again, only=again), changes, graphs(again))
+        tried: set[frozenset[tuple[int, str, str]]] = set()
         for change in changes:
-            if trials >= _MAX_TRIALS and isinstance(change, _Change):
-                continue
+            if isinstance(change, _Change):
+                if trials >= _MAX_TRIALS or change.key in tried:
+                    continue
+                tried.add(change.key)
             undo = change.apply()
             trials += isinstance(change, _Change)
             reached, found = _first_difference(small, inputs, each.trace, predicted, training, parts)
@@ -195,6 +198,7 @@ class _Change:
 
     def __init__(self, targets: list[tuple[nn.Module, str, Any, Any]]) -> None:
         self.targets = targets
+        self.key = frozenset((id(module), name, repr(new)) for module, name, _, new in targets)
 
     def apply(self) -> Any:
         for module, name, _, new in self.targets:
