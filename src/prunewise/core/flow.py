@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prunewise.core import labels as lab
+from prunewise.core.gains import Gain, GainUse
 from prunewise.core.labels import Block, LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm
 from prunewise.core.trace import Op, Ref, Trace
@@ -52,6 +53,7 @@ class Flow:
     norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
     multiples: list[tuple[LabelArray, int]] = field(default_factory=list)  # a kernel takes no other numbers of these
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
+    gains: dict[str, Gain] = field(default_factory=dict)  # by the names of both of its parameters
     _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
     _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of
     _starts: list[int] = field(default_factory=list)
@@ -133,6 +135,26 @@ class Flow:
                 self.store.pin(known[1], f"also normalised by another call: {self.reason(op)}")
             return
         self._norm_ops.update(dict.fromkeys(norm.ops, labels))
+
+    def note_use(self, name: str, op: Op) -> None:
+        """A parameter, or the weight made of it, goes into something that does not just read by it."""
+        what = self.gains.get(name)
+        for each in (name,) if what is None else (what.gain, what.direction):
+            self.other_uses.setdefault(each, self.reason(op))
+
+    def normalised(self, use: GainUse, op: Op) -> Layout:
+        """A weight that is normalised with a gain: along the norm it is masked in the direction, else in the gain."""
+        gain, direction = (self.state[name] for name in (use.what.gain, use.what.direction))
+        blocks = []
+        for block in direction.blocks:
+            if block.dims[0] not in use.what.dims:
+                own = gain.blocks[0] if gain.blocks else None
+                self.tie(block.labels, None if own is None else own.labels, op)
+                block = Block(block.dims, block.labels if own is None else own.labels)
+            blocks.append(block)
+        self.gains[use.what.gain] = self.gains[use.what.direction] = use.what
+        self.origins[use.result] = use.what.direction
+        return Layout(direction.shape, tuple(blocks))
 
     def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:
         """As `fix`, for an average over `dims`; inside of a norm the channels stay removable, and their labels."""

@@ -12,6 +12,7 @@ from torch import nn
 from prunewise.core import rules as _rules  # noqa: F401  (registers the rules)
 from prunewise.core.errors import TraceError
 from prunewise.core.flow import RULES, Flow, Rectangle
+from prunewise.core.gains import find_gains
 from prunewise.core.labels import LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm, find_norms
 from prunewise.core.rules.pointwise import pointwise
@@ -102,11 +103,15 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
     flow.begin(trace)
     flow.group_counts = {}
     starts = {norm.ops.start: norm for norm in norms}
+    gains = find_gains(trace)
+    making = {i for use in gains for i in use.ops}
+    made = {use.ops[-1]: use for use in gains}
     live = trace.live_ops()
     for op in trace.ops:
         # What no output depends on (attention weights that nobody asked for, say) must not pin anything; it runs all
         # the same, so the shapes that it ties stay tied.
-        flow.store.muted = op.index not in live
+        # Nor the steps to a normalised weight: what they mix is made up for.
+        flow.store.muted = op.index not in live or op.index in making
         known = len(flow.rectangles), len(flow.demands)
         if op.index in starts and not flow.store.muted:
             flow.enter_norm(starts[op.index], op)
@@ -116,9 +121,12 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = ()) -> Pass:
         elif op.name not in _READS_BY_WEIGHT:
             for index in op.inputs:
                 if index in flow.origins and (op.writes or not set(op.outputs) <= set(flow.origins)):
-                    flow.other_uses.setdefault(flow.origins[index], flow.reason(op))
+                    flow.note_use(flow.origins[index], op)
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout
+        if op.index in made:
+            flow.store.muted = op.index not in live
+            flow.layouts[made[op.index].result] = flow.normalised(made[op.index], op)
     flow.store.muted = False
     for index in trace.outputs:
         for block in flow.layouts.get(index, Layout(())).blocks:

@@ -73,7 +73,8 @@ def group_norm(flow: Flow, op: Op) -> list[Layout]:
 def weight_norm(flow: Flow, op: Op) -> list[Layout]:
     """V times g over the norm of v: all dimensions but one are mixed."""
     v, g = flow.of(op.args["v"]), flow.of(op.args["g"])
-    dim = int(op.args["dim"])
+    dim = int(op.args["dim"]) % len(v.shape)
     v = flow.fix(v, [d for d in range(len(v.shape)) if d != dim], op)
     out = flow.join([v, g], v.shape, op)
-    return [out if flow.shape(o) == v.shape else Layout(flow.shape(o)) for o in op.outputs]
+    statistics = tuple(b for b in out.blocks if b.dims == (dim,))
+    return [out, *(Layout(flow.shape(o), statistics) for o in op.outputs[1:])]
