@@ -52,6 +52,7 @@ class Flow:
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
     norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
     multiples: list[tuple[LabelArray, int]] = field(default_factory=list)  # a kernel takes no other numbers of these
+    given_up: dict[tuple[str, int], str] = field(default_factory=dict)  # dimensions of the state that stay, and why
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
     gains: dict[str, Gain] = field(default_factory=dict)  # by the names of both of its parameters
     _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
@@ -72,7 +73,8 @@ class Flow:
             if info.name not in self.state:
                 self.state[info.name] = self._fresh_state(info.name, info.shape, strong=info.kind == "param")
             self.state[name] = self.state[info.name]
-            self.layouts[index] = self.state[info.name]
+            followed = [b for b in self.state[name].blocks if (info.name, b.dims[0]) not in self.given_up]
+            self.layouts[index] = Layout(info.shape, tuple(followed))
             if info.kind == "param":
                 self.origins[index] = info.name
 
@@ -83,7 +85,40 @@ class Flow:
                 self._starts.append(len(self.store))
                 self._dims.append((name, dim))
                 blocks.append(Block((dim,), self.store.fresh(size, strong=strong)))
+                if (name, dim) in self.given_up:
+                    self.store.pin(blocks[-1].labels, self.given_up[name, dim])
         return Layout(shape, tuple(blocks))
+
+    def pins(self, *, contests: bool = True) -> list[tuple[LabelArray, str]]:
+        """Labels that must stay, and why; without `contests`, only those that did not give way to others."""
+        found = [pin for i, pin in enumerate(self.store.pins) if contests or i not in self.store.contests]
+        for demand in self.demands:
+            if demand.site is None:
+                found.append((demand.labels.reshape(-1), f"summed over by {self.reason(demand.op)}"))
+            elif demand.site[0] in self.other_uses:
+                why = f"read by {demand.site[0]}, which also goes into {self.other_uses[demand.site[0]]}"
+                found.append((demand.labels.reshape(-1), why))
+        return found
+
+    def given_way_for_nothing(self) -> dict[tuple[str, int], str]:
+        """Dimensions of the state that stay although others gave way to them (experts, to which their hidden units did)."""
+        store = self.store
+        why = {}
+        for labels, reason in self.pins(contests=False) if store.contests else ():
+            for root in np.unique(store.roots(labels)).tolist():
+                why.setdefault(root, reason)
+        found = {}
+        for number, winner in store.contests.items():
+            roots = set(store.roots(winner).reshape(-1).tolist())
+            loser = store.roots(store.pins[number][0]).tolist()
+            if roots <= why.keys() and not why.keys() & set(loser):
+                for name, dim in self._dims:
+                    block = self.state[name].block_at(dim)
+                    assert block is not None
+                    own = store.roots(block.labels).tolist()
+                    if roots.issuperset(own):
+                        found[name, dim] = why[own[0]]
+        return {key: reason for key, reason in found.items() if key not in self.given_up}
 
     def state_dim(self, labels: LabelArray) -> tuple[str, int] | None:
         """The (name, dimension) of the parameter or buffer whose own labels these are; None if there is no such one."""

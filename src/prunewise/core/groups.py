@@ -226,16 +226,10 @@ def _pins(
     reason_of = np.full(len(grouping.roots), -1, dtype=np.int64)
     reasons: dict[str, int] = {}
     consumed = np.zeros(len(grouping.roots), dtype=bool)
-    pins = list(flow.store.pins)
     for demand in flow.demands:
-        if demand.site is None:
-            pins.append((demand.labels.reshape(-1), f"summed over by {flow.reason(demand.op)}"))
-        elif demand.site[0] in flow.other_uses:
-            why = f"read by {demand.site[0]}, which also goes into {flow.other_uses[demand.site[0]]}"
-            pins.append((demand.labels.reshape(-1), why))
         ids = grouping.classes(demand.labels.reshape(-1))
         consumed[ids[ids >= 0]] = True
-    for labels, reason in pins:
+    for labels, reason in flow.pins():
         ids = grouping.classes(labels)
         ids = ids[ids >= 0]
         fresh = ids[reason_of[ids] < 0]

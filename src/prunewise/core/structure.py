@@ -49,15 +49,26 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     Raises:
         TraceError: the forward pass fails on `example_inputs`.
     """
-    flow = Flow()
     trace = record(model, example_inputs)
-    passes = [run_rules(flow, trace, find_norms(model, trace))]
+    traces = [(trace, find_norms(model, trace))]
     try:
         in_training = record(model, example_inputs, training=True)
     except TraceError:
         in_training = None  # detection models want targets in training: what eval shows has to do
-    if in_training is not None and _path(in_training) != _path(passes[0].trace):
-        passes.append(run_rules(flow, in_training, find_norms(model, in_training)))
+    if in_training is not None and _path(in_training) != _path(trace):
+        traces.append((in_training, find_norms(model, in_training)))
+    given_up: dict[tuple[str, int], str] = {}
+    while True:
+        structure = _follow(model, traces, Flow(given_up=dict(given_up)))
+        more = structure.flow.given_way_for_nothing()
+        if not more:
+            return structure
+        given_up.update(more)
+
+
+def _follow(model: nn.Module, traces: Sequence[tuple[Trace, Sequence[Norm]]], flow: Flow) -> Structure:
+    """Let labels flow through all traces, and find what stays because of the model itself."""
+    passes = [run_rules(flow, trace, norms) for trace, norms in traces]
     used = set().union(*(each.trace.used_state() for each in passes))
     trained = {i for i in passes[0].trace.state.values() if passes[0].trace.tensors[i].kind == "param"}
     for index in sorted(trained - used):
