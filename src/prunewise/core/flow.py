@@ -103,7 +103,7 @@ class Flow:
     def given_way_for_nothing(self) -> dict[tuple[str, int], str]:
         """Dimensions of the state that stay although others gave way to them (experts, to which their hidden units did)."""
         store = self.store
-        why = {}
+        why: dict[int, str] = {}
         for labels, reason in self.pins(contests=False) if store.contests else ():
             for root in np.unique(store.roots(labels)).tolist():
                 why.setdefault(root, reason)
