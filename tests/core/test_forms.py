@@ -111,7 +111,9 @@ class Frozen(nn.Module):
 def test_frozen_backbone() -> None:
     model = Frozen()
     assert removable(model, image()) == {"backbone.0": 8, "backbone.3": 10}
-    small = pw.apply_plan(model, pw.plan_channels(model, image().double(), budget=pw.Budget(macs=0.5)), image().double())
+    small = pw.apply_plan(
+        model, pw.plan_channels(model, image().double(), budget=pw.Budget(macs=0.5)), image().double()
+    )
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
@@ -138,7 +140,10 @@ class OptionA(nn.Module):
         super().__init__()
         self.pad = (0, 0, 0, 0, before, after)
         self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
-        self.down, self.c = nn.Conv2d(6, 6 + before + after, 3, stride=2, padding=1), nn.Conv2d(6 + before + after, 3, 1)
+        self.down, self.c = (
+            nn.Conv2d(6, 6 + before + after, 3, stride=2, padding=1),
+            nn.Conv2d(6 + before + after, 3, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -169,13 +174,17 @@ class Buffered(nn.Module):
 def test_buffers_along_channels() -> None:
     model = Buffered()
     assert removable(model, image()) == {"a": 8}
-    small = pw.apply_plan(model, pw.plan_channels(model, image().double(), budget=pw.Budget(macs=0.5)), image().double())
+    small = pw.apply_plan(
+        model, pw.plan_channels(model, image().double(), budget=pw.Budget(macs=0.5)), image().double()
+    )
     assert (small.shift.shape, small.count.shape) == ((1, 4, 1, 1), (4,))
 
 
 def test_spectral_norm_pins_and_says_so() -> None:
     norm = nn.utils.parametrizations.spectral_norm
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 7), nn.Linear(7, 3))
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.ReLU(), norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 7), nn.Linear(7, 3)
+    )
     assert removable(model, torch.randn(4, 5), training=(False,)) == {"4": 7}
     reasons = pinned(model, torch.randn(4, 5).double())
     assert "2.parametrizations.weight.0" in reasons["0"], "the largest singular value is one of the whole weight"
@@ -225,7 +234,11 @@ def test_chunk_lists() -> None:
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.attn, self.head = nn.Linear(5, 16), nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+        self.up, self.attn, self.head = (
+            nn.Linear(5, 16),
+            nn.MultiheadAttention(16, 4, batch_first=True),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)

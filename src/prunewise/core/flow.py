@@ -154,6 +154,10 @@ class Flow:
             layout = lab.fix(self.store, layout, dim % max(rank, 1), f"{why or 'mixed by'} {self.reason(op)}")
         return layout
 
+    def mixing(self, ref: Ref) -> str:
+        """How a weight that is normalised is named to the user; "" for anything else."""
+        return f"{self.origins[ref.id]} is normalised over it by" if ref.id in self.origins else ""
+
     def enter_norm(self, norm: Norm, op: Op) -> None:
         """From here on, the operations of `norm` may average over its channels: closed ones are left out there."""
         layout = self.of(Ref(norm.input))
@@ -191,7 +195,7 @@ class Flow:
         self.origins[use.result] = use.what.direction
         return Layout(direction.shape, tuple(blocks))
 
-    def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:
+    def mix(self, layout: Layout, dims: Sequence[int], op: Op, why: str = "") -> Layout:
         """As `fix`, for an average over `dims`; inside of a norm the channels stay removable, and their labels."""
         channels, roots = self._norm_ops.get(op.index), self.store.roots
         for dim in dims:
@@ -204,7 +208,7 @@ class Flow:
                 )
             ):
                 continue
-            layout = self.fix(layout, [dim], op)
+            layout = self.fix(layout, [dim], op, why)
         return layout
 
     def only(self, layout: Layout, dim: int, op: Op) -> LabelArray | None:
