@@ -57,13 +57,15 @@ def summary(found: Iterable[Record]) -> str:
         low = [r for r in traced if r["stages"].get("oneshot", {"floor": 0}).get("floor", 0) > 0.5]
         kept = [r["stages"]["finish"] for r in group if r["stages"].get("finish", {}).get("class_kept")]
         return [
-            name, len(group), len(traced), sum(right(r, "equal") for r in group), sum(map(mismatch, group)), len(kept), sum(f.get("graphs", 0) > 0 for f in kept),
+            name, len(group), len(traced), sum(right(r, "equal") for r in group), sum(map(mismatch, group)),
+            len(kept), sum(f.get("graphs", 0) > 0 for f in kept),
             len(half), len(low), len(wide), sum(right(r) and not r["skip"] for r in group),
         ]  # fmt: skip
 
     found = list(found)
     rows = [row(name, group) for name, group in grouped(found, lambda r: f"{r['suite']}, {r['kind']}").items()]
-    head = ["suite", "models", "traced", "gated = small", "mismatches", "class kept", "with some modules as graphs", "half of the MACs", "floor above half",
+    head = ["suite", "models", "traced", "gated = small", "mismatches", "class kept", "with graphs in it",
+            "half of the MACs", "floor above half",
             "≥ 60 % of MACs prunable", "all stages right"]  # fmt: skip
     return table(head, [*rows, row("all", found)])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunewise.core.branches import Branch
+from prunewise.core.gains import Gain
 from prunewise.core.groups import ChannelGroup, Grouping
 from prunewise.core.norms import MaskedNorm, unhook
 from prunewise.core.sites import Site, gate_sites, norm_sites
@@ -144,18 +145,35 @@ class GatedWeight(nn.Module):
         ndim: int,
         order: list[str],
         blocks: Sequence[int] = (),
+        direction: tuple[Gain, nn.Module, str] | None = None,
     ) -> None:
         super().__init__()
+        # Of a direction whose norm gates make smaller: the gain. Of that gain: the direction's module and name.
+        self._normed_by = next((site.gain for site in sites if site.gain is not None), None)
+        self._direction = direction  # in a tuple: no child of this module
         self._blocks = list(blocks)  # the branches that this weight turns on and off as a whole
         self.order = order  # names of the parameters of the gated module, as they were
         self._gates = gates
         self._masks = [UnitMask(gates, site.units, offsets, sizes) for site in sites]
         self._shapes = [[-1 if d == site.dim else 1 for d in range(ndim)] for site in sites]
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def closed(self, weight: Tensor) -> Tensor:
         """`weight` with the entries of closed channels zero."""
         for mask, shape in zip(self._masks, self._shapes, strict=True):
             weight = weight * mask().to(device=weight.device, dtype=weight.dtype).view(shape)
+        return weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` with the entries of closed channels zero; and of a normalised weight, what makes up for its norm."""
+        weight = self.closed(weight)
+        if self._normed_by is not None:
+            weight = self._normed_by.filled(weight)
+        if self._direction is not None:
+            gain, module, leaf = self._direction
+            chains: Any = module.parametrizations
+            chain, whole = chains[leaf], chains[leaf].original
+            left = next(p for p in chain if isinstance(p, GatedWeight)).closed(whole)
+            weight = weight * gain.factor(gain.norm(whole), gain.norm(left), weight)
         for block in self._blocks:
             opened = gate(self._gates.blocks[block], self._gates.shaping)
             weight = weight * opened.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())
@@ -180,6 +198,7 @@ def put_on(
     for number, branch in enumerate(branches):
         for name in branch.parameters:
             blocks.setdefault(name, []).append(number)
+    gains = {site.gain.gain: site.gain for own in sites.values() for site in own if site.gain is not None}
     weights: dict[str, nn.Parameter] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied parameter has several
     for path, module in list(model.named_modules()):
@@ -188,19 +207,28 @@ def put_on(
                 places.setdefault(id(parameter), []).append((module, leaf))
                 weights[f"{path}.{leaf}" if path else leaf] = parameter
     orders: dict[nn.Module, list[str]] = {}
-    for name in dict.fromkeys([*sites, *blocks]):
+    for name in dict.fromkeys([*sites, *gains, *blocks]):
         weight = weights[name]
+        direction = (gains[name], *places[id(weights[gains[name].direction])][0]) if name in gains else None
         for module, leaf in places[id(weight)]:
             order = orders.setdefault(module, list(module._parameters))
             gated = GatedWeight(
-                gates, sites.get(name, []), offsets, sizes, weight.dim(), order, blocks.get(name, [])
+                gates, sites.get(name, []), offsets, sizes, weight.dim(), order, blocks.get(name, []), direction
             ).to(weight.device)
             gated.train(module.training)
+            if parametrize.is_parametrized(module):  # torch is about to add to its class
+                _give_own_class(module)
             parametrize.register_parametrization(module, leaf, gated, unsafe=True)
     modules = dict(model.named_modules())
     for norm, units in norm_sites(grouping, groups):
         MaskedNorm(norm, UnitMask(gates, units, offsets, sizes).beside).put_on(modules[norm.path])
     return weights
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Copies of a parametrised module share its class: this one gets a class of its own."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
 
 
 def take_off(model: nn.Module) -> None:
@@ -213,9 +241,7 @@ def take_off(model: nn.Module) -> None:
         for leaf, chain in list(chains.items()):
             gated = next((p for p in chain if isinstance(p, GatedWeight)), None)
             if gated is not None:
-                # Copies of a parametrised module share its class, from which torch is about to delete: its own first.
-                cls = type(module)
-                module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+                _give_own_class(module)  # torch is about to delete from it
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
                 # torch registers the weight anew, as the last one: optimizers and checkpoints go by the order.
                 rank = {name: i for i, name in enumerate(gated.order)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunewise.core.batch import cross_entropy, differentiable
 from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
-from prunewise.core.groups import ChannelGroup
+from prunewise.core.groups import ChannelGroup, Member
 
 Scores = npt.NDArray[np.float64]
 Importance = Callable[[nn.Module, Sequence[ChannelGroup]], Mapping[str, Scores]]
@@ -108,7 +108,7 @@ def taylor(
         PlanError: no batch was given.
     """
     tensors = _tensors(model)
-    read = {m.name for g in groups for m in g.members if m.role == "in"}
+    read = {name for g in groups for m in g.members if m.role == "in" for name in _read_by(m)}
     names = sorted(read | {n for b in branches for n in b.parameters})
     watched = [tensors[n] for n in names]
     scores = {g.name: np.zeros(g.size) for g in groups}
@@ -138,8 +138,17 @@ def _first_order(group: ChannelGroup, found: Mapping[str, tuple[Tensor, Tensor]]
     for member in group.members:
         if member.role == "in" and member.name in found:
             gradient, weight = found[member.name]
-            total += _reduced((gradient * weight).double(), member.dim, member.indices, mean=False)
+            change = gradient * weight
+            if member.gain is not None and member.gain.gain in found:  # the gate closes a part of the norm as well
+                gradient, gain = found[member.gain.gain]
+                norm = member.gain.norm(weight)
+                change = change + (gradient * gain).reshape(norm.shape) * (weight / norm).square()
+            total += _reduced(change.double(), member.dim, member.indices, mean=False)
     return total
+
+
+def _read_by(member: Member) -> list[str]:
+    return [member.name] if member.gain is None else [member.name, member.gain.gain]
 
 
 def by_magnitude(importance: Importance) -> Importance:

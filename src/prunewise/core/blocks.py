@@ -271,7 +271,9 @@ class _Finder:
             return None
         if values.is_state(value):
             info = values.info(value)
-            return {info.name} if info.kind == "param" and self._only_in(info.name, inside) else None
+            gain = self.grouping.structure.flow.gains.get(info.name)
+            name = info.name if gain is None else gain.gain  # a direction has no norm where it is zero
+            return {name} if info.kind == "param" and self._only_in(name, inside) else None
         index = values.producer[value]
         if index not in inside or value not in values.makes[index][:1]:
             return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prunewise.core import labels as lab
+from prunewise.core.gains import Gain, GainUse
 from prunewise.core.labels import Block, LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm
 from prunewise.core.trace import Op, Ref, Trace
@@ -51,7 +52,9 @@ class Flow:
     group_counts: dict[int, LabelArray] = field(default_factory=dict)  # op index -> labels of its groups (conv, norm)
     norms: list[tuple[Norm, LabelArray]] = field(default_factory=list)  # and the labels of the channels they average
     multiples: list[tuple[LabelArray, int]] = field(default_factory=list)  # a kernel takes no other numbers of these
+    given_up: dict[tuple[str, int], str] = field(default_factory=dict)  # dimensions of the state that stay, and why
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
+    gains: dict[str, Gain] = field(default_factory=dict)  # by the names of both of its parameters
     _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
     _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of
     _starts: list[int] = field(default_factory=list)
@@ -70,7 +73,8 @@ class Flow:
             if info.name not in self.state:
                 self.state[info.name] = self._fresh_state(info.name, info.shape, strong=info.kind == "param")
             self.state[name] = self.state[info.name]
-            self.layouts[index] = self.state[info.name]
+            followed = [b for b in self.state[name].blocks if (info.name, b.dims[0]) not in self.given_up]
+            self.layouts[index] = Layout(info.shape, tuple(followed))
             if info.kind == "param":
                 self.origins[index] = info.name
 
@@ -81,7 +85,40 @@ class Flow:
                 self._starts.append(len(self.store))
                 self._dims.append((name, dim))
                 blocks.append(Block((dim,), self.store.fresh(size, strong=strong)))
+                if (name, dim) in self.given_up:
+                    self.store.pin(blocks[-1].labels, self.given_up[name, dim])
         return Layout(shape, tuple(blocks))
+
+    def pins(self, *, contests: bool = True) -> list[tuple[LabelArray, str]]:
+        """Labels that must stay, and why; without `contests`, only those that did not give way to others."""
+        found = [pin for i, pin in enumerate(self.store.pins) if contests or i not in self.store.contests]
+        for demand in self.demands:
+            if demand.site is None:
+                found.append((demand.labels.reshape(-1), f"summed over by {self.reason(demand.op)}"))
+            elif demand.site[0] in self.other_uses:
+                why = f"read by {demand.site[0]}, which also goes into {self.other_uses[demand.site[0]]}"
+                found.append((demand.labels.reshape(-1), why))
+        return found
+
+    def given_way_for_nothing(self) -> dict[tuple[str, int], str]:
+        """Dimensions of the state that stay although others gave way to them (experts, to which their hidden units did)."""
+        store = self.store
+        why: dict[int, str] = {}
+        for labels, reason in self.pins(contests=False) if store.contests else ():
+            for root in np.unique(store.roots(labels)).tolist():
+                why.setdefault(root, reason)
+        found = {}
+        for number, winner in store.contests.items():
+            roots = set(store.roots(winner).reshape(-1).tolist())
+            loser = store.roots(store.pins[number][0]).tolist()
+            if roots <= why.keys() and not why.keys() & set(loser):
+                for name, dim in self._dims:
+                    block = self.state[name].block_at(dim)
+                    assert block is not None
+                    own = store.roots(block.labels).tolist()
+                    if roots.issuperset(own):
+                        found[name, dim] = why[own[0]]
+        return {key: reason for key, reason in found.items() if key not in self.given_up}
 
     def state_dim(self, labels: LabelArray) -> tuple[str, int] | None:
         """The (name, dimension) of the parameter or buffer whose own labels these are; None if there is no such one."""
@@ -117,6 +154,10 @@ class Flow:
             layout = lab.fix(self.store, layout, dim % max(rank, 1), f"{why or 'mixed by'} {self.reason(op)}")
         return layout
 
+    def mixing(self, ref: Ref) -> str:
+        """How a weight that is normalised is named to the user; "" for anything else."""
+        return f"{self.origins[ref.id]} is normalised over it by" if ref.id in self.origins else ""
+
     def enter_norm(self, norm: Norm, op: Op) -> None:
         """From here on, the operations of `norm` may average over its channels: closed ones are left out there."""
         layout = self.of(Ref(norm.input))
@@ -134,7 +175,27 @@ class Flow:
             return
         self._norm_ops.update(dict.fromkeys(norm.ops, labels))
 
-    def mix(self, layout: Layout, dims: Sequence[int], op: Op) -> Layout:
+    def note_use(self, name: str, op: Op) -> None:
+        """A parameter, or the weight made of it, goes into something that does not just read by it."""
+        what = self.gains.get(name)
+        for each in (name,) if what is None else (what.gain, what.direction):
+            self.other_uses.setdefault(each, self.reason(op))
+
+    def normalised(self, use: GainUse, op: Op) -> Layout:
+        """A weight that is normalised with a gain: along the norm it is masked in the direction, else in the gain."""
+        gain, direction = (self.state[name] for name in (use.what.gain, use.what.direction))
+        blocks = []
+        for block in direction.blocks:
+            if block.dims[0] not in use.what.dims:
+                own = gain.blocks[0] if gain.blocks else None
+                self.tie(block.labels, None if own is None else own.labels, op)
+                block = Block(block.dims, block.labels if own is None else own.labels)
+            blocks.append(block)
+        self.gains[use.what.gain] = self.gains[use.what.direction] = use.what
+        self.origins[use.result] = use.what.direction
+        return Layout(direction.shape, tuple(blocks))
+
+    def mix(self, layout: Layout, dims: Sequence[int], op: Op, why: str = "") -> Layout:
         """As `fix`, for an average over `dims`; inside of a norm the channels stay removable, and their labels."""
         channels, roots = self._norm_ops.get(op.index), self.store.roots
         for dim in dims:
@@ -147,7 +208,7 @@ class Flow:
                 )
             ):
                 continue
-            layout = self.fix(layout, [dim], op)
+            layout = self.fix(layout, [dim], op, why)
         return layout
 
     def only(self, layout: Layout, dim: int, op: Op) -> LabelArray | None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from prunewise.core.choice import matcher
+from prunewise.core.gains import Gain
 from prunewise.core.labels import LabelArray, Layout
 from prunewise.core.rules.contract import KERNEL
 from prunewise.core.structure import Structure, analyse
@@ -30,6 +31,7 @@ class Member:
     dim: int
     indices: npt.NDArray[np.int64]  # (units, entries of a unit)
     role: str  # "in": multiplied with the channels and summed over; "out": everything else
+    gain: Gain | None = None  # set where a norm runs over this dimension, which a gain makes up for
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,6 @@ def find_groups(structure: Structure) -> Grouping:
                     np.add.at(signature, ids[ids >= 0], rng.integers(1, 2**63, dtype=np.uint64))
     signature[reason_of >= 0] ^= rng.integers(1, 2**63, dtype=np.uint64)
     order = np.lexsort((np.arange(n), signature, first_slot))
-    sites = flow.sites
     cut = np.flatnonzero((np.diff(signature[order]) != 0) | (np.diff(first_slot[order]) != 0)) + 1
     bundles = sorted(np.split(order, cut), key=lambda ids: (first_slot[ids[0]], ids[0]))
     group_of = grouping.group_of
@@ -168,7 +169,7 @@ def find_groups(structure: Structure) -> Grouping:
     group_of[:] = -1
     for number, ids in enumerate(bundles):
         group_of[ids] = number
-    members = _members(slots, inverse, bundles, group_of, n, sites)
+    members = _members(slots, inverse, bundles, group_of, n, structure)
     multiples = _multiples(structure, grouping)
     taken: set[str] = set()
     for number, ids in enumerate(bundles):
@@ -225,16 +226,10 @@ def _pins(
     reason_of = np.full(len(grouping.roots), -1, dtype=np.int64)
     reasons: dict[str, int] = {}
     consumed = np.zeros(len(grouping.roots), dtype=bool)
-    pins = list(flow.store.pins)
     for demand in flow.demands:
-        if demand.site is None:
-            pins.append((demand.labels.reshape(-1), f"summed over by {flow.reason(demand.op)}"))
-        elif demand.site[0] in flow.other_uses:
-            why = f"read by {demand.site[0]}, which also goes into {flow.other_uses[demand.site[0]]}"
-            pins.append((demand.labels.reshape(-1), why))
         ids = grouping.classes(demand.labels.reshape(-1))
         consumed[ids[ids >= 0]] = True
-    for labels, reason in pins:
+    for labels, reason in flow.pins():
         ids = grouping.classes(labels)
         ids = ids[ids >= 0]
         fresh = ids[reason_of[ids] < 0]
@@ -269,8 +264,9 @@ def _members(
     bundles: Sequence[npt.NDArray[np.int64]],
     group_of: npt.NDArray[np.int64],
     n_classes: int,
-    sites: set[tuple[str, int]],
+    structure: Structure,
 ) -> list[tuple[Member, ...]]:
+    sites = structure.flow.sites
     unit_of = np.zeros(n_classes, dtype=np.int64)
     for ids in bundles:
         unit_of[ids] = np.arange(len(ids))
@@ -280,12 +276,14 @@ def _members(
         ids = inverse[start : start + len(labels)]
         start += len(labels)
         groups = group_of[ids]
+        gain = structure.flow.gains.get(name)
+        gain = gain if gain is not None and name == gain.direction and dim in gain.dims else None
         for number in np.unique(groups[groups >= 0]):
             at = np.flatnonzero(groups == number)
             units = unit_of[ids[at]]
             at = at[np.argsort(units, kind="stable")]
             role = "in" if (name, dim) in sites else "out"
-            members[number].append(Member(name, dim, at.reshape(len(bundles[number]), -1), role))
+            members[number].append(Member(name, dim, at.reshape(len(bundles[number]), -1), role, gain))
     return [tuple(m) for m in members]
 
 

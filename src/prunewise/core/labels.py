@@ -30,6 +30,7 @@ class LabelStore:
         self._strong = np.zeros(4096, dtype=bool)
         self._count = 0
         self.pins: list[tuple[LabelArray, str]] = []
+        self.contests: dict[int, LabelArray] = {}  # number of a pin -> the labels that the pinned ones gave way to
         self.muted = False  # while True, nothing is pinned
 
     def __len__(self) -> int:
@@ -90,6 +91,12 @@ class LabelStore:
         """The channels of these labels must stay; `reason` is shown to the user."""
         if not self.muted:
             self.pins.append((labels.reshape(-1), reason))
+
+    def give_way(self, labels: LabelArray, to: LabelArray, reason: str) -> None:
+        """Pin `labels`, because only one of two can be followed."""
+        if not self.muted:
+            self.contests[len(self.pins)] = to
+        self.pin(labels, reason)
 
     def is_weak(self, labels: LabelArray) -> bool:
         """True when no parameter has any of these labels: constants and buffers only."""
@@ -301,8 +308,9 @@ def reshape(store: LabelStore, layout: Layout, shape: tuple[int, ...], reason: s
     survivors = []
     for block in order:
         own = {home[d] for d in block.dims}
-        if any(s in owner for s in own if _is_real(layout, segments[s], block)):
-            store.pin(block.labels, reason)
+        first = next((owner[s] for s in own if s in owner and _is_real(layout, segments[s], block)), None)
+        if first is not None:
+            store.give_way(block.labels, first.labels, reason)
             continue
         owner.update(dict.fromkeys(own, block))
         survivors.append(block)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from prunewise.core.gains import Gain
 from prunewise.core.groups import ChannelGroup
 from prunewise.core.norms import Norm, norms_masked
 
@@ -34,11 +35,13 @@ class Site:
     name: str
     dim: int
     units: npt.NDArray[np.int64]
+    gain: Gain | None = None  # set where a norm runs over the dimension, which a gain makes up for
 
 
 def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ...]]) -> list[Site]:
     """The sites of these groups; `sizes` are the shapes of the parameters by name."""
     found: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+    gains: dict[tuple[str, int], Gain | None] = {}
     offset = 0
     for group in groups:
         for member in group.members:
@@ -46,9 +49,10 @@ def gate_sites(groups: Sequence[ChannelGroup], sizes: Mapping[str, tuple[int, ..
                 key = (member.name, member.dim)
                 if key not in found:
                     found[key] = np.full(sizes[member.name][member.dim], -1, dtype=np.int64)
+                gains[key] = member.gain
                 found[key][member.indices] = offset + np.arange(group.size)[:, None]
         offset += group.size
-    return [Site(name, dim, units) for (name, dim), units in found.items()]
+    return [Site(*key, units, gains[key]) for key, units in found.items()]
 
 
 def norm_sites(grouping: Grouping, groups: Sequence[ChannelGroup]) -> list[tuple[Norm, npt.NDArray[np.int64]]]:
@@ -81,6 +85,7 @@ def _weights_masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Seq
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
+            norms: dict[Gain, torch.Tensor] = {}
             for group in grouping.groups:
                 if group.name not in keep or len(keep[group.name]) == group.size:
                     continue
@@ -89,8 +94,15 @@ def _weights_masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Seq
                     if member.role == "in":
                         weight = tensors[member.name]
                         before.append((weight, weight.detach().clone()))
+                        if member.gain is not None and member.gain not in norms:
+                            norms[member.gain] = member.gain.norm(weight)
                         index = torch.from_numpy(member.indices[gone].reshape(-1)).to(weight.device)
                         weight.index_fill_(member.dim, index, 0)
+            for gain, norm in norms.items():
+                weight, direction = tensors[gain.gain], tensors[gain.direction]
+                before += [(t, t.detach().clone()) for t in (weight, direction)]
+                weight.mul_(gain.factor(norm, gain.norm(direction), weight))
+                direction.copy_(gain.filled(direction))
             for branch in grouping.branches:
                 for name in branch.parameters if branch.dropped(keep) else ():
                     before.append((tensors[name], tensors[name].detach().clone()))

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from prunewise.core import rules as _rules  # noqa: F401  (registers the rules)
+from prunewise.core.errors import TraceError
 from prunewise.core.flow import RULES, Flow, Rectangle
+from prunewise.core.gains import find_gains
 from prunewise.core.labels import LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm, find_norms
 from prunewise.core.rules.pointwise import pointwise
@@ -48,25 +50,46 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     Raises:
         TraceError: the forward pass fails on `example_inputs`.
     """
-    flow = Flow()
     trace = record(model, example_inputs)
-    passes = [run_rules(flow, trace, find_norms(model, trace))]
+    traces = [(trace, find_norms(model, trace))]
     in_training, failure = record_partly(model, example_inputs, training=True)
-    # Where train mode fails (detection models want targets), what eval mode shows has to do.
-    if failure is None and _path(in_training) != _path(passes[0].trace):
-        passes.append(run_rules(flow, in_training, find_norms(model, in_training)))
-    used = set().union(*(each.trace.used_state() for each in passes))
-    trained = {i for i in passes[0].trace.state.values() if passes[0].trace.tensors[i].kind == "param"}
-    unused = [passes[0].trace.tensors[i] for i in sorted(trained - used)]
-    if failure is not None and unused:
+    if failure is not None:  # detection models want targets in training: what eval mode shows has to do
+        _tell_of_train_mode(model, trace, failure)
+    elif _path(in_training) != _path(trace):
+        traces.append((in_training, find_norms(model, in_training)))
+    given_up: dict[tuple[str, int], str] = {}
+    while True:
+        structure = _follow(model, traces, Flow(given_up=dict(given_up)))
+        more = structure.flow.given_way_for_nothing()
+        if not more:
+            return structure
+        given_up.update(more)
+
+
+def _unused(traces: Sequence[Trace]) -> list[str]:
+    """The parameters that no trace uses."""
+    used = set().union(*(trace.used_state() for trace in traces))
+    known = traces[0].tensors
+    return [known[i].name for i in sorted(set(traces[0].state.values()) - used) if known[i].kind == "param"]
+
+
+def _tell_of_train_mode(model: nn.Module, trace: Trace, failure: TraceError) -> None:
+    """Warn where parameters are used in train mode only, if at all, and that fails."""
+    unused = _unused([trace])
+    if unused:
         warnings.warn(
             f"{type(model).__name__} does not run on the example inputs in train mode ({failure.__cause__}), and in eval mode "
-            f"it does not use {unused[0].name}{f' and {len(unused) - 1} others' if len(unused) > 1 else ''}. What it does with "
+            f"it does not use {unused[0]}{f' and {len(unused) - 1} others' if len(unused) > 1 else ''}. What it does with "
             "them in train mode cannot be followed and may fail once channels are removed: give inputs that both modes take",
-            stacklevel=2,
+            stacklevel=4,
         )
-    for info in unused:
-        for block in flow.state[info.name].blocks:
+
+
+def _follow(model: nn.Module, traces: Sequence[tuple[Trace, Sequence[Norm]]], flow: Flow) -> Structure:
+    """Let labels flow through all traces, and find what stays because of the model itself."""
+    passes = [run_rules(flow, trace, norms) for trace, norms in traces]
+    for name in _unused([trace for trace, _ in traces]):
+        for block in flow.state[name].blocks:
             flow.store.pin(block.labels, "not used in the forward pass")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # its tensors cannot be replaced by smaller ones
@@ -111,11 +134,15 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mappi
     flow.layouts.update(given or {})
     flow.group_counts = {}
     starts = {norm.ops.start: norm for norm in norms}
+    gains = find_gains(trace)
+    making = {i for use in gains for i in use.ops}
+    made = {use.ops[-1]: use for use in gains}
     live = trace.live_ops()
     for op in trace.ops:
         # What no output depends on (attention weights that nobody asked for, say) must not pin anything; it runs all
         # the same, so the shapes that it ties stay tied.
-        flow.store.muted = op.index not in live
+        # Nor the steps to a normalised weight: what they mix is made up for.
+        flow.store.muted = op.index not in live or op.index in making
         known = len(flow.rectangles), len(flow.demands)
         if op.index in starts and not flow.store.muted:
             flow.enter_norm(starts[op.index], op)
@@ -125,9 +152,12 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mappi
         elif op.name not in _READS_BY_WEIGHT:
             for index in op.inputs:
                 if index in flow.origins and (op.writes or not set(op.outputs) <= set(flow.origins)):
-                    flow.other_uses.setdefault(flow.origins[index], flow.reason(op))
+                    flow.note_use(flow.origins[index], op)
         for index, layout in zip(op.outputs, outputs, strict=True):
             flow.layouts[index] = layout
+        if op.index in made:
+            flow.store.muted = op.index not in live
+            flow.layouts[made[op.index].result] = flow.normalised(made[op.index], op)
     flow.store.muted = False
     for index in trace.outputs if given is None else ():
         for block in flow.layouts.get(index, Layout(())).blocks:

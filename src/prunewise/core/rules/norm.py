@@ -14,9 +14,10 @@ from prunewise.core.trace import Op, Ref
 )  # fmt: skip
 def batch_norm(flow: Flow, op: Op) -> list[Layout]:
     """Each channel on its own; in training it is averaged over all the other dimensions."""
-    x = flow.of(op.args["input" if "input" in op.args else "self"])
+    source = op.args["input" if "input" in op.args else "self"]
+    x = flow.of(source)
     rank = len(x.shape)
-    x = flow.fix(x, [d for d in range(rank) if d != 1], op)
+    x = flow.fix(x, [d for d in range(rank) if d != 1], op, flow.mixing(source))
     vectors = [op.args.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     layouts = [x]
     for vector in vectors:
@@ -36,7 +37,7 @@ def layer_norm(flow: Flow, op: Op) -> list[Layout]:
     """The normalised (last) dimensions are averaged over; the others pass."""
     x = flow.of(op.args["input"])
     rank, mixed = len(x.shape), len(op.args["normalized_shape"])
-    x = flow.mix(x, range(rank - mixed, rank), op)
+    x = flow.mix(x, range(rank - mixed, rank), op, flow.mixing(op.args["input"]))
     layouts = [x]
     for name in ("weight", "bias"):
         if isinstance(op.args.get(name), Ref):
@@ -73,7 +74,8 @@ def group_norm(flow: Flow, op: Op) -> list[Layout]:
 def weight_norm(flow: Flow, op: Op) -> list[Layout]:
     """V times g over the norm of v: all dimensions but one are mixed."""
     v, g = flow.of(op.args["v"]), flow.of(op.args["g"])
-    dim = int(op.args["dim"])
-    v = flow.fix(v, [d for d in range(len(v.shape)) if d != dim], op)
+    dim = int(op.args["dim"]) % len(v.shape)
+    v = flow.fix(v, [d for d in range(len(v.shape)) if d != dim], op, flow.mixing(op.args["v"]))
     out = flow.join([v, g], v.shape, op)
-    return [out if flow.shape(o) == v.shape else Layout(flow.shape(o)) for o in op.outputs]
+    statistics = tuple(b for b in out.blocks if b.dims == (dim,))
+    return [out, *(Layout(flow.shape(o), statistics) for o in op.outputs[1:])]

@@ -76,6 +76,9 @@ def unlabelled(flow: Flow, op: Op) -> list[Layout]:
     return [Layout(flow.shape(o)) for o in op.outputs]
 
 
+_NORMALISING = ("mean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm")
+
+
 @rule(
     "sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "norm",
     "linalg_vector_norm", "all", "any", "argmax", "argmin", "max", "min", "median", "nanmean", "nansum", "aminmax",
@@ -96,7 +99,9 @@ def reduction(flow: Flow, op: Op) -> list[Layout]:
             flow.demand(block.labels, op, (op.args["self"].id,))
             layout = layout.without(block)
         else:
-            layout = flow.mix(layout, [d], op) if op.name in ("mean", "var", "var_mean") else flow.fix(layout, [d], op)
+            why = flow.mixing(op.args["self"]) if op.name in _NORMALISING else ""
+            averaged = op.name in ("mean", "var", "var_mean")
+            layout = flow.mix(layout, [d], op, why) if averaged else flow.fix(layout, [d], op, why)
             block = layout.block_at(d)
             if block is not None:
                 layout = layout.without(block)
