@@ -94,7 +94,7 @@ class Cbam(nn.Module):
 def test_cbam_keeps_the_channels_that_it_averages_and_says_so() -> None:
     model = Cbam()
     assert removable(model, image()) == {"mlp.0": 4, "b": 6}
-    assert "aten.mean.dim at " in pinned(model, image())["a"], "the mean and the maximum over channels"
+    assert "aten.mean.dim at " in pinned(model, image().double())["a"], "the mean and the maximum over channels"
 
 
 class Frozen(nn.Module):
