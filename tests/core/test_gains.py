@@ -198,6 +198,41 @@ def test_the_slope_of_a_gate_is_that_of_masking_the_weight(norm: Norm) -> None:
     torch.testing.assert_close(next(iter(gates.parameters())).grad, mask.grad.float())
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weights have no mean and a deviation of one over the inputs of each output."""
+
+    def __init__(self, *args: int, groups: int = 1, layer_norm: bool = False) -> None:
+        super().__init__(*args, groups=groups)
+        self.gain, self.scale = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)), self.weight[0].numel() ** -0.5
+        self.layer_norm = layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer_norm:
+            w = F.layer_norm(self.weight, self.weight.shape[1:], eps=1e-3) * self.gain
+        else:
+            flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
+            w = F.batch_norm(flat, None, None, gain, training=True, eps=1e-3).reshape_as(self.weight)
+        return F.conv2d(x, w, self.bias, groups=self.groups)
+
+
+class Residual(nn.Module):
+    def __init__(self, **kwargs: bool) -> None:
+        super().__init__()
+        self.stem, self.up = Standardised(3, 8, 1, **kwargs), Standardised(8, 12, 2, **kwargs)
+        self.grouped, self.down = Standardised(12, 12, 3, groups=2, **kwargs), Standardised(12, 8, 2, **kwargs)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x[..., 2:-2, 2:-2] + self.down(self.grouped(self.up(x.relu()).relu()).relu()))
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_standardised_weights(layer_norm: bool) -> None:
+    found = removable(Residual(layer_norm=layer_norm), torch.randn(2, 3, 6, 6))
+    assert sorted(found.values()) == [6, 6, 8]
+
+
 def test_copies_follow_their_own_weights() -> None:
     model, x = linear(NEW)
     gates = pw.attach_gates(model, x, budget=pw.Budget(macs=0.5), total_steps=10)
@@ -241,8 +276,7 @@ def test_lower_precision_and_no_values() -> None:
 def test_factor_is_a_matter_of_norms() -> None:
     gain = Gain("g", "v", (1,))
     whole = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    left = whole * torch.tensor([1.0, 0.0])
-    factor = gain.factor(gain.norm(whole), gain.norm(left), torch.ones(2, 1))
+    factor = gain.factor(whole, torch.tensor([[1.0, 0.0]]), torch.ones(2, 1))
     assert [round(f, 6) for f in factor.flatten().tolist()] == [0.6, 0.0]
     assert gain.filled(whole).tolist() == [[3.0, 4.0], [1.0, 1.0]]
 

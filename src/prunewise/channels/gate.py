@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,23 +158,26 @@ class GatedWeight(nn.Module):
         self._masks = [UnitMask(gates, site.units, offsets, sizes) for site in sites]
         self._shapes = [[-1 if d == site.dim else 1 for d in range(ndim)] for site in sites]
 
-    def closed(self, weight: Tensor) -> Tensor:
-        """`weight` with the entries of closed channels zero."""
-        for mask, shape in zip(self._masks, self._shapes, strict=True):
-            weight = weight * mask().to(device=weight.device, dtype=weight.dtype).view(shape)
-        return weight
+    def masks(self, weight: Tensor) -> list[Tensor]:
+        """Zeros where channels are closed, and ones, to multiply `weight` by: one along each dimension that has gates."""
+        return [
+            mask().to(device=weight.device, dtype=weight.dtype).view(shape)
+            for mask, shape in zip(self._masks, self._shapes, strict=True)
+        ]
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the entries of closed channels zero; and of a normalised weight, what makes up for its norm."""
-        weight = self.closed(weight)
         if self._normed_by is not None:
-            weight = self._normed_by.filled(weight)
+            weight = self._normed_by.closed(weight, math.prod(self.masks(weight), start=weight.new_ones(())))
+        else:
+            for mask in self.masks(weight):
+                weight = weight * mask
         if self._direction is not None:
             gain, module, leaf = self._direction
             chains: Any = module.parametrizations
             chain, whole = chains[leaf], chains[leaf].original
-            left = next(p for p in chain if isinstance(p, GatedWeight)).closed(whole)
-            weight = weight * gain.factor(gain.norm(whole), gain.norm(left), weight)
+            masks = next(p for p in chain if isinstance(p, GatedWeight)).masks(whole)
+            weight = weight * gain.factor(whole, math.prod(masks, start=whole.new_ones(())), weight)
         for block in self._blocks:
             opened = gate(self._gates.blocks[block], self._gates.shaping)
             weight = weight * opened.to(device=weight.device, dtype=weight.dtype).view([1] * weight.dim())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunewise.core.batch import cross_entropy, differentiable
 from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
+from prunewise.core.gains import Gain
 from prunewise.core.groups import ChannelGroup, Member
 
 Scores = npt.NDArray[np.float64]
@@ -139,12 +140,18 @@ def _first_order(group: ChannelGroup, found: Mapping[str, tuple[Tensor, Tensor]]
         if member.role == "in" and member.name in found:
             gradient, weight = found[member.name]
             change = gradient * weight
-            if member.gain is not None and member.gain.gain in found:  # the gate closes a part of the norm as well
-                gradient, gain = found[member.gain.gain]
-                norm = member.gain.norm(weight)
-                change = change + (gradient * gain).reshape(norm.shape) * (weight / norm).square()
+            if member.gain is not None and member.gain.gain in found:
+                change = _through_norm(member.gain, *found[member.name], *found[member.gain.gain])
             total += _reduced(change.double(), member.dim, member.indices, mean=False)
     return total
+
+
+@torch.enable_grad()
+def _through_norm(what: Gain, gradient: Tensor, direction: Tensor, of_gain: Tensor, gain: Tensor) -> Tensor:
+    """Gradient of a mask on a normalised weight, of which the norm and the gain depend on the mask too."""
+    mask = torch.ones_like(direction).requires_grad_()
+    masked = [what.closed(direction, mask), gain * what.factor(direction, mask, gain)]
+    return torch.autograd.grad(masked, mask, [gradient, of_gain])[0]
 
 
 def _read_by(member: Member) -> list[str]:

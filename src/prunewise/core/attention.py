@@ -1,7 +1,7 @@
 """torch's own multi-head attention with some heads removed.
 
 `nn.MultiheadAttention` derives the size of a head from the width of its input, so it cannot hold fewer heads
-than that width divided by the head size. This subclass can; everything else is as in the original,
+than that width divided by the head size, nor more. This subclass can; everything else is as in the original,
 `state_dict` names included.
 """
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
-    """An `nn.MultiheadAttention` whose heads are fewer than input width / head size. Made by `adopt` only."""
+    """An `nn.MultiheadAttention` whose heads are fewer, or more, than input width / head size. Made by `adopt` only."""
 
     @staticmethod
     def adopt(module: nn.MultiheadAttention) -> None:
-        """Turn `module`, whose tensors have been sliced, into this class. Does nothing if no head was removed."""
+        """Turn `module`, whose tensors have been sliced, into this class. Does nothing where the original can hold them."""
         width = module.out_proj.weight.shape[1]
-        if width == module.num_heads * module.head_dim:
+        into = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
+        if into.shape[1] == width == module.num_heads * module.head_dim:
             return
         if module.bias_k is not None or module.add_zero_attn:
             return  # not followed: the check that comes after finds out

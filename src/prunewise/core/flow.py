@@ -55,6 +55,7 @@ class Flow:
     given_up: dict[tuple[str, int], str] = field(default_factory=dict)  # dimensions of the state that stay, and why
     averages_pass: bool = False  # averages pin nothing: what they may leave out was found out before
     gains: dict[str, Gain] = field(default_factory=dict)  # by the names of both of its parameters
+    made_up_for: bool = False  # while True, nothing is fixed: it is a step to a normalised weight
     _fixed_norms: set[str] = field(default_factory=set)  # norms that some call gives channels that must stay
     _norm_ops: dict[int, LabelArray] = field(default_factory=dict)  # op index -> the channels of the norm it is part of
     _starts: list[int] = field(default_factory=list)
@@ -98,6 +99,11 @@ class Flow:
             elif demand.site[0] in self.other_uses:
                 why = f"read by {demand.site[0]}, which also goes into {self.other_uses[demand.site[0]]}"
                 found.append((demand.labels.reshape(-1), why))
+        for gain in set(self.gains.values()):  # only what is read of a standardised weight can be left out of its mean
+            blocks = [self.state[gain.direction].block_at(d) for d in gain.dims if gain.centred]
+            for block in blocks:
+                if block is not None and (gain.direction, block.dims[0]) not in self.sites:
+                    found.append((block.labels, f"{gain.direction} is standardised over it"))
         return found
 
     def given_way_for_nothing(self) -> dict[tuple[str, int], str]:
@@ -150,7 +156,7 @@ class Flow:
     def fix(self, layout: Layout, dims: Sequence[int], op: Op, why: str = "") -> Layout:
         """`layout` with nothing removable along `dims` (negative ones count from the end)."""
         rank = len(layout.shape)
-        for dim in dims:
+        for dim in () if self.made_up_for else dims:
             layout = lab.fix(self.store, layout, dim % max(rank, 1), f"{why or 'mixed by'} {self.reason(op)}")
         return layout
 

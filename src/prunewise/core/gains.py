@@ -1,8 +1,14 @@
-"""Normalised weights: w = g · v / ‖v‖, with the norm over the inputs of each output, say (`weight_norm`).
+"""Normalised weights: w = g · v / ‖v‖, or w = g · (v - mean) / deviation, over the inputs of each output, say.
 
-Where some of v is taken out, the norm shrinks, and what is left of w grows. The gain takes that back: with
-g · ‖what is left of v‖ / ‖v‖ in the place of g, what is left of w is exactly what it was. So a gate on v goes with that
-factor on g, and so does a slice of v.
+Where some of v is taken out of the first kind (`weight_norm`), the norm shrinks, and what is left of w grows. The gain
+takes that back: with g · ‖what is left of v‖ / ‖v‖ in the place of g, what is left of w is exactly what it was. So a gate
+on v goes with that factor on g, and so does a slice of v.
+
+Of the second kind (standardised weights), no gain brings back what was left of w. So closed entries are left out of the
+mean and the deviation, as they are of a LayerNorm's (see `prunewise.core.norms`): with m the mean over the open ones and
+s² the share of all over the open ones, m + s·(v - m) where open and m where closed has the mean and the deviation of the
+open ones, and gives s times the standardised weight without the others. A factor 1/s on the gain takes that back; the small
+layer standardises what it has, and needs none.
 """
 
 from __future__ import annotations
@@ -20,33 +26,66 @@ from prunewise.core.trace import Op, Ref, Trace
 
 _ONE_STEP = ("_weight_norm_interface", "_weight_norm")
 _NORMS = ("norm", "linalg_vector_norm")
+_STANDARDISING = (
+    "native_batch_norm", "_native_batch_norm_legit", "batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_functional",
+    "_batch_norm_with_update", "batch_norm_with_update", "miopen_batch_norm", "native_layer_norm", "layer_norm",
+)  # fmt: skip
 _STEPS = (
-    *_NORMS, "mul", "div", "clamp_min", "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze",
-    "squeeze", "expand", "clone", "contiguous", "alias", "detach",
+    *_NORMS, *_STANDARDISING, "mul", "div", "clamp_min", "view", "_unsafe_view", "reshape", "permute", "transpose", "t",
+    "unsqueeze", "squeeze", "expand", "clone", "contiguous", "alias", "detach",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A weight `gain` · `direction` / ‖`direction`‖. Both are names of parameters; the norm runs over `dims`."""
+    """A weight that is `direction`, normalised over `dims`, times `gain`. Both are names of parameters.
+
+    Attributes:
+        centred: whether the mean is subtracted, and it is divided by the deviation; else it is divided by the norm.
+    """
 
     gain: str
     direction: str
     dims: tuple[int, ...]
+    centred: bool = False
 
     def norm(self, direction: Tensor) -> Tensor:
         """The norm, in at least single precision; averaged dimensions have size 1."""
-        wide = torch.promote_types(direction.dtype, torch.float32)
-        found: Tensor = torch.linalg.vector_norm(direction, 2, self.dims, keepdim=True, dtype=wide)
+        found: Tensor = torch.linalg.vector_norm(direction, 2, self.dims, keepdim=True, dtype=_wide(direction))
         return found
 
-    def factor(self, norm: Tensor, left: Tensor, like: Tensor) -> Tensor:
-        """What the gain is to be multiplied by where `norm` has come down to `left`; shape and dtype of the gain `like`."""
+    def closed(self, direction: Tensor, mask: Tensor) -> Tensor:
+        """The direction to use where `mask` (zeros and ones, of the direction's rank) closes a part of it."""
+        if not self.centred:
+            return self.filled(direction * mask)
+        mean, spread = self._open(direction, mask)
+        return (mean + (direction - mean) * (mask * spread)).to(direction.dtype)
+
+    def factor(self, direction: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+        """What the gain is to be multiplied by then; shape and dtype of the gain `like`."""
+        if self.centred:
+            return (1 / self._open(direction, mask)[1]).to(like.dtype).expand(like.shape)
+        return self.ratio(self.norm(direction), self.norm(direction * mask), like)
+
+    def ratio(self, norm: Tensor, left: Tensor, like: Tensor) -> Tensor:
+        """The same where a norm has come down to `left`."""
         return (left / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(like.dtype).reshape(like.shape)
 
     def filled(self, direction: Tensor) -> Tensor:
         """`direction` with ones where all is zero, which has no norm to divide by. The factor is zero there."""
         return torch.where(self.norm(direction) == 0, 1, direction)
+
+    def _open(self, direction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over the open entries, and the root of the share of all entries over the open ones."""
+        mask = mask.to(_wide(direction)).expand(direction.shape)
+        opened = mask.sum(self.dims, keepdim=True).clamp(min=1)
+        mean = (direction * mask).sum(self.dims, keepdim=True) / opened
+        whole = math.prod(direction.shape[d] for d in self.dims)
+        return mean, (whole / opened[(slice(0, 1),) * direction.dim()]).sqrt()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +102,7 @@ def find_gains(trace: Trace) -> list[GainUse]:
 
     The direction and the gain are used for nothing else.
     """
-    if not any(op.name in (*_ONE_STEP, *_NORMS) for op in trace.ops):
+    if not any(op.name in (*_ONE_STEP, *_NORMS, *_STANDARDISING) for op in trace.ops):
         return []
     readers: dict[int, set[int]] = {}
     makers: dict[int, Op] = {}
@@ -74,7 +113,7 @@ def find_gains(trace: Trace) -> list[GainUse]:
     found = []
     for op in trace.ops:
         use = _in_one_step(op, trace) if op.name in _ONE_STEP else None
-        if op.name in _NORMS:
+        if op.name in (*_NORMS, *_STANDARDISING):
             use = _in_steps(op, trace, readers, makers)
         if use is not None:
             found.append(use)
@@ -124,7 +163,7 @@ def _cone(end: int, makers: dict[int, Op]) -> list[Op] | None:
     while queue:
         op = makers.get(queue.pop())
         if op is not None and op.index not in ops:
-            if op.name not in _STEPS or len(op.outputs) != 1 or op.writes:
+            if op.name not in _STEPS or op.writes:
                 return None
             ops[op.index] = op
             queue += op.inputs
@@ -135,7 +174,10 @@ def _cone(end: int, makers: dict[int, Op]) -> list[Op] | None:
 def _normalised(trace: Trace, sources: set[int], ops: Sequence[Op], end: int) -> GainUse | None:
     """The weight, where the operations make of random numbers what such a weight is."""
     draw = torch.Generator().manual_seed(0)
-    values = {i: torch.randn(trace.tensors[i].shape, generator=draw, dtype=torch.float64) for i in sorted(sources)}
+    # Large enough for any epsilon to be negligible.
+    values = {
+        i: 1e4 * torch.randn(trace.tensors[i].shape, generator=draw, dtype=torch.float64) for i in sorted(sources)
+    }
     given = dict(values)
 
     def value(leaf: Any) -> Any:
@@ -144,19 +186,23 @@ def _normalised(trace: Trace, sources: set[int], ops: Sequence[Op], end: int) ->
     try:
         for op in ops:
             args = {k: tree_map(value, a) for k, a in op.args.items() if not isinstance(a, torch.dtype)}
-            values[op.outputs[0]] = op.func(**args)
+            out = op.func(**args)
+            values[op.outputs[0]] = out if isinstance(out, Tensor) else out[0]
     except (RuntimeError, TypeError):
         return None
     for v, g in (sorted(sources), sorted(sources, reverse=True)):
         rank = len(given[v].shape)
         for kept in [(d,) for d in range(rank)] + [()]:
             names = trace.tensors[g].name, trace.tensors[v].name
-            what = Gain(*names, tuple(d for d in range(rank) if d not in kept))
-            norm = what.norm(given[v])
-            if (
-                values[end].shape == given[v].shape
-                and norm.numel() == given[g].numel()
-                and torch.allclose(values[end], given[g].reshape(norm.shape) * given[v] / norm, rtol=1e-6)
-            ):
-                return GainUse(what, tuple(op.index for op in ops), end)
+            dims = tuple(d for d in range(rank) if d not in kept)
+            if values[end].shape != given[v].shape or math.prod(given[v].shape[d] for d in kept) != given[g].numel():
+                continue
+            for centred in (False, True) if kept else (False,):
+                what = Gain(*names, dims, centred)
+                plain = given[v] - given[v].mean(dims, keepdim=True) if centred else given[v]
+                norm = what.norm(plain)
+                expected = given[g].reshape(norm.shape) * plain / norm
+                scale = (values[end] * expected).sum() / expected.square().sum() if centred else 1.0
+                if torch.allclose(values[end], scale * expected, rtol=1e-6, atol=1e-6 * float(values[end].abs().max())):
+                    return GainUse(what, tuple(op.index for op in ops), end)
     return None

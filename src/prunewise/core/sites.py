@@ -85,7 +85,7 @@ def _weights_masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Seq
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
-            norms: dict[Gain, torch.Tensor] = {}
+            masks: dict[Gain, torch.Tensor] = {}
             for group in grouping.groups:
                 if group.name not in keep or len(keep[group.name]) == group.size:
                     continue
@@ -93,16 +93,17 @@ def _weights_masked(model: nn.Module, grouping: Grouping, keep: Mapping[str, Seq
                 for member in group.members:
                     if member.role == "in":
                         weight = tensors[member.name]
-                        before.append((weight, weight.detach().clone()))
-                        if member.gain is not None and member.gain not in norms:
-                            norms[member.gain] = member.gain.norm(weight)
+                        if member.gain is not None:
+                            weight = masks.setdefault(member.gain, torch.ones_like(weight))
+                        else:
+                            before.append((weight, weight.detach().clone()))
                         index = torch.from_numpy(member.indices[gone].reshape(-1)).to(weight.device)
                         weight.index_fill_(member.dim, index, 0)
-            for gain, norm in norms.items():
+            for gain, mask in masks.items():
                 weight, direction = tensors[gain.gain], tensors[gain.direction]
                 before += [(t, t.detach().clone()) for t in (weight, direction)]
-                weight.mul_(gain.factor(norm, gain.norm(direction), weight))
-                direction.copy_(gain.filled(direction))
+                weight.mul_(gain.factor(direction, mask, weight))
+                direction.copy_(gain.closed(direction, mask))
             for branch in grouping.branches:
                 for name in branch.parameters if branch.dropped(keep) else ():
                     before.append((tensors[name], tensors[name].detach().clone()))

@@ -48,7 +48,7 @@ def state_slices(grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> Sli
             if member.dim not in dims:
                 dims[member.dim] = np.zeros(shapes[member.name][member.dim], dtype=bool)
             dims[member.dim][member.indices[removed]] = True
-            if member.gain is not None and len(removed):
+            if member.gain is not None and not member.gain.centred and len(removed):
                 gains.add(member.gain)
     kept = {
         name: {dim: np.flatnonzero(~mask) for dim, mask in dims.items() if mask.any()} for name, dims in gone.items()
@@ -99,4 +99,4 @@ def _mended(gain: Gain, tensors: Mapping[str, Tensor], slices: Slices) -> dict[s
     dims = slices[gain.direction]
     new, left = take(weight, slices.get(gain.gain, {})), take(direction, dims)
     norm = take(gain.norm(direction), {d: kept for d, kept in dims.items() if d not in gain.dims})
-    return {gain.gain: new * gain.factor(norm, gain.norm(left), new), gain.direction: gain.filled(left)}
+    return {gain.gain: new * gain.ratio(norm, gain.norm(left), new), gain.direction: gain.filled(left)}

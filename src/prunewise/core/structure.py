@@ -143,6 +143,7 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mappi
         # the same, so the shapes that it ties stay tied.
         # Nor the steps to a normalised weight: what they mix is made up for.
         flow.store.muted = op.index not in live or op.index in making
+        flow.made_up_for = op.index in making
         known = len(flow.rectangles), len(flow.demands)
         if op.index in starts and not flow.store.muted:
             flow.enter_norm(starts[op.index], op)
@@ -158,7 +159,7 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mappi
         if op.index in made:
             flow.store.muted = op.index not in live
             flow.layouts[made[op.index].result] = flow.normalised(made[op.index], op)
-    flow.store.muted = False
+    flow.store.muted = flow.made_up_for = False
     for index in trace.outputs if given is None else ():
         for block in flow.layouts.get(index, Layout(())).blocks:
             flow.store.pin(block.labels, "an output of the model")
