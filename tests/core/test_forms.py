@@ -366,6 +366,23 @@ def test_hidden_units_of_dense_experts(up: str, down: str, mix: str, bias: bool)
     assert sorted(found.values()) == [8, 12], "the width, and the hidden units of all experts together"
 
 
+class Towers(nn.Module):
+    """Two layers whose outputs are multiplied and summed: no weight reads these channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.u, self.v = nn.Linear(5, 6), nn.Linear(5, 7), nn.Linear(6, 8), nn.Linear(7, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.einsum("btd,bsd->bts", self.u(self.a(x).relu()), self.v(self.b(y).relu()))
+
+
+def test_layers_that_meet_in_einsum_keep_what_is_summed_and_say_so() -> None:
+    model, inputs = Towers(), (tokens().double(), tokens().double())
+    assert removable(model, inputs) == {"a": 6, "b": 7}
+    assert "summed over by aten.bmm" in pinned(model, inputs)["u"]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
