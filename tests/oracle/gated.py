@@ -25,11 +25,11 @@ def outputs(model: nn.Module, inputs: Any, *, training: bool) -> list[Tensor]:
         return flat_tensors(call(copied(model).train(training), inputs))
 
 
-def draw(model: nn.Module, surgeon: Surgeon, seed: int, *, drop: bool = False) -> ChannelPlan:
-    """A random plan; seed 0 keeps a single unit of every group. With `drop`, one of the residual branches goes."""
+def draw(model: nn.Module, surgeon: Surgeon, seed: int, *, least: int = 1, drop: bool = False) -> ChannelPlan:
+    """A random plan; seed 0 keeps the `least` units of every group. With `drop`, one of the residual branches goes."""
     rng = random.Random(seed)
     keep = {
-        g.name: tuple(sorted(rng.sample(range(g.size), 1 if seed == 0 else rng.randint(1, g.size))))
+        g.name: tuple(sorted(rng.sample(range(g.size), least if seed == 0 else rng.randint(least, g.size))))
         for g in surgeon.costs.groups
     }
     branches = [b for b in surgeon.grouping.branches if not b.reason and b.groups]
@@ -49,6 +49,7 @@ def removable(
     inputs: Any,
     *,
     seeds: int = 3,
+    least: int = 1,
     drop: bool = False,
     graph: bool = False,
     training: tuple[bool, ...] = (False, True),
@@ -58,7 +59,8 @@ def removable(
     Args:
         model: drawn anew, in double precision; not changed after that.
         inputs: a tensor, a tuple or a dict.
-        seeds: how many random plans; the first keeps one unit of each group.
+        seeds: how many random plans; the first keeps as few units of each group as any.
+        least: how few that is (with a single one, einsum multiplies element by element: another operation).
         drop: let a residual branch go as a whole in every plan.
         graph: a small model that is a graph module will do; else it has to be of the user's class.
         training: modes to compare in.
@@ -68,7 +70,7 @@ def removable(
     assert all(g.prunable or g.reason for g in surgeon.grouping.groups)
     state = copy.deepcopy(model.state_dict())
     for seed in range(seeds):
-        plan = draw(model, surgeon, seed, drop=drop)
+        plan = draw(model, surgeon, seed, least=least, drop=drop)
         small = pw.apply_plan(model, plan, inputs)
         assert graph or type(small) is type(model)
         cost = pw.measure(small, inputs)
