@@ -201,7 +201,7 @@ def _owl(request: _Request) -> Allocator:
 
 
 def _alpha(request: _Request) -> Allocator:
-    exponents = {x.name: imp.tail_exponent(x.as_matrix(x.weight)) for x in request.layers}
+    exponents = {x.name: imp.tail_exponent(x.by_position(x.weight)) for x in request.layers}
     return partial(allocators.alpha_pruning, exponents)
 
 

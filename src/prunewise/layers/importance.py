@@ -106,12 +106,14 @@ def tail_exponent(matrix: Tensor) -> float:
     Lower = heavier tail = better trained, so more of it should be kept. 1 + k / Σ ln(λ_i / λ_k+1), over the k largest.
 
     Args:
-        matrix: shape (groups, rows, columns) or (rows, columns); the eigenvalues of all groups are taken together.
+        matrix: shape (matrices, rows, columns) or (rows, columns); the eigenvalues of all are taken together. Of a convolution
+            it is one matrix a kernel position (`Layer.by_position`), as in the authors' code.
 
     Returns:
         The exponent, > 1; NaN where it is undefined (fewer than 4 eigenvalues above zero, or the upper half all alike).
 
-    Source: Lu et al. 2024, arXiv 2410.10912 (AlphaPruning), equation 2, with k half of the eigenvalues.
+    Source: Lu et al. 2024, arXiv 2410.10912 (AlphaPruning), equation 2, with k half of the eigenvalues: what the authors' code
+    calls xmin_mid and takes for image classifiers (for language models it looks for the peak of the spectrum).
     """
     values = _singular_squares(matrix).flatten().sort(descending=True).values
     values = values[values > values[0] * 1e-14]
