@@ -4,9 +4,8 @@
 SparseGPT; paragraphs of the Python language reference (`pydoc_data.topics`). Measured: the cosine of each embedding to the dense
 one, and Spearman's rank correlation of the similarities of all pairs. Gradients, where an allocator wants them, are those of
 telling which second half of a paragraph belongs to which first half.
-`mobilenet_v2`: torchvision's weights for ImageNet, pruned by magnitude, without and with batch norm's statistics taken anew, on
-crops of real photographs. Measured: how often the class is that of the dense network. Labels, where an allocator wants
-them, are the dense network's.
+`mobilenet_v2`: torchvision's weights for ImageNet, pruned by magnitude, on crops of real photographs. Measured: how often the class is
+that of the dense network. Labels, where an allocator wants them, are the dense network's.
 
 Calibration and test never share a paragraph or a photograph. See benchmarks/README.md.
 """
@@ -29,7 +28,7 @@ import records
 import torch
 import torch.nn.functional as F
 from bench import STOPPED, Clock, OutOfTime, circumstances, table
-from layers import ALLOCATORS, DEFAULT, renew_
+from layers import ALLOCATORS, DEFAULT
 from models import MobileNetV2
 from torch import Tensor, nn
 from zoo_listing import define_torchvision_operators
@@ -40,7 +39,7 @@ from prunewise.layers.sparsify import make_permanent_
 from prunewise.layers.weights import find_layers
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
-KEY = ("model", "recover", "allocator", "method", "sparsity", "seed", "test")
+KEY = ("model", "allocator", "method", "sparsity", "seed", "test")
 
 
 def parse() -> argparse.Namespace:
@@ -101,8 +100,6 @@ def main() -> int:
             plan = plans(cell["sparsity"])
             pw.sparsify_(model, plan, cell["method"], data=bed.calibration, seed=args.seed, progress=False)
             make_permanent_(model)
-            if cell["recover"] == "norm":
-                renew_(model, [batch[0] for batch in bed.calibration])
             found = bed.measure(model.eval())
             longest = max(longest, begun.passed)
             if not started:
@@ -120,9 +117,9 @@ def main() -> int:
 
 def wanted(args: argparse.Namespace, bed: Any, allocator: str) -> Iterator[records.Record]:
     """The cells of one allocator."""
-    for recover, method, sparsity in itertools.product(bed.recoveries, bed.methods, args.sparsities):
+    for method, sparsity in itertools.product(bed.methods, args.sparsities):
         yield {
-            "kind": "cell", "model": args.model, "recover": recover, "allocator": allocator, "method": method,
+            "kind": "cell", "model": args.model, "allocator": allocator, "method": method,
             "sparsity": sparsity, "seed": args.seed, "test": args.test,
         }  # fmt: skip
 
@@ -147,7 +144,7 @@ class Sentences(nn.Module):
 class MiniLM:
     """Embeddings of paragraphs."""
 
-    methods, recoveries = ("wanda", "sparsegpt"), ("none",)
+    methods = ("wanda", "sparsegpt")
 
     def __init__(self, args: argparse.Namespace) -> None:
         define_torchvision_operators()
@@ -218,8 +215,7 @@ def paragraphs() -> list[str]:
 class Photographs:
     """Classes of crops of photographs."""
 
-    methods, recoveries = ("magnitude",), ("none", "norm")
-    loss = None
+    methods, loss = ("magnitude",), None
 
     def __init__(self, args: argparse.Namespace) -> None:
         model = MobileNetV2()
@@ -230,7 +226,9 @@ class Photographs:
         model.load_state_dict(dict(zip(own, given.values(), strict=True)))
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.layers = find_layers(self.model)
-        files = sorted(f for f in args.data.iterdir() if f.suffix in (".jpg", ".png"))
+        files = sorted(f for f in args.data.iterdir() if f.suffix in (".jpg", ".png") and large(f))
+        if len(files) < 2:
+            raise SystemExit(f"{args.data}: fewer than two pictures of 224 pixels and more")
         random.Random(args.seed).shuffle(files)
         half = len(files) // 2
         self._test = crops(files[half:], args.test, args.seed)
@@ -250,6 +248,13 @@ class Photographs:
         same = found.argmax(1) == dense.argmax(1)
         top5 = (found.topk(5).indices == dense.argmax(1, keepdim=True)).any(1)
         return {"score": float(same.double().mean()), "top5": float(top5.double().mean())}
+
+
+def large(file: Path) -> bool:
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return min(picture.size) >= 224
 
 
 def crops(files: list[Path], count: int, seed: int) -> list[Tensor]:
@@ -277,16 +282,15 @@ def render(found: list[records.Record]) -> str:
     """One table a model, method and recovery: scores by sparsity, the best allocator first."""
     texts = []
     cells = [r for r in found if r["kind"] == "cell"]
-    for (model, method, recover, test), members in records.grouped(
-        cells, lambda r: (r["model"], r["method"], r["recover"], r["test"])
+    for (model, method, test), members in records.grouped(
+        cells, lambda r: (r["model"], r["method"], r["test"])
     ).items():
         what = (
             "Spearman of pair similarities (mean cosine)"
             if model == "minilm"
             else "same class as dense, % (in the first five)"
         )
-        after = ", batch norm's statistics anew" if recover == "norm" else ""
-        texts.append(f"**{model}, {method}{after}**: {what}, {test} {'paragraphs' if model == 'minilm' else 'crops'}")
+        texts.append(f"**{model}, {method}**: {what}, {test} {'paragraphs' if model == 'minilm' else 'crops'}")
         grid: dict[str, dict[float, tuple[float, float]]] = {}
         for r in members:
             second = r["cosine"] if model == "minilm" else r["top5"]
