@@ -4,8 +4,8 @@
 SparseGPT; paragraphs of the Python language reference (`pydoc_data.topics`). Measured: the cosine of each embedding to the dense
 one, and Spearman's rank correlation of the similarities of all pairs. Gradients, where an allocator wants them, are those of
 telling which second half of a paragraph belongs to which first half.
-`mobilenet_v2`: torchvision's weights for ImageNet, pruned by magnitude, on crops of real photographs. Measured: how often the class is
-that of the dense network. Labels, where an allocator wants them, are the dense network's.
+`mobilenet_v2`: torchvision's weights for ImageNet, pruned by magnitude, on crops of real photographs. Measured: how often
+the class is that of the dense network. Labels, where an allocator wants them, are the dense network's.
 
 Calibration and test never share a paragraph or a photograph. See benchmarks/README.md.
 """
