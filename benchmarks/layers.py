@@ -28,7 +28,9 @@ from torch import nn
 from training import Settings, Trainer
 
 import prunewise as pw
+from prunewise.layers import importance as imp
 from prunewise.layers.allocate import allocation
+from prunewise.layers.allocators import Total, among_highest, capacity_costs
 from prunewise.layers.sparsify import make_permanent_
 from prunewise.layers.weights import find_layers
 
@@ -60,7 +62,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=DATA_SETS, default="cifar10", help="(%(default)s)")
     parser.add_argument("--model", choices=SMALL, default="resnet56", help="(%(default)s)")
     parser.add_argument(
-        "--allocators", type=several, default=list(ALLOCATORS), help="one or several of those known (all)"
+        "--allocators",
+        type=several,
+        default=list(ALLOCATORS),
+        help="one or several (all); also capacity:K:S:A",
     )
     parser.add_argument("--methods", type=several, default=list(METHODS), help=f"of {', '.join(METHODS)} (all)")
     parser.add_argument("--recover", type=several, default=["none", "norm"], help="of none, norm, tune (none,norm)")
@@ -166,8 +171,24 @@ class Bed:
         }  # fmt: skip
 
     def plans(self, allocator: str | Any) -> Plans:
-        """Plans for any total, from one look at the calibration images."""
+        """Plans for any total, from one look at the calibration images.
+
+        "capacity:K:S:A" is the default's family: masses k^K·s^S, a share A of removals anywhere (0:0:0 is LAMP, 1:0:1 ERK).
+        """
+        if isinstance(allocator, str) and allocator.startswith("capacity:"):
+            return self._family(*(float(v) for v in allocator.split(":")[1:]))
         return allocation(self.model, self.layers, allocator, self.calibration)
+
+    def _family(self, of_directions: float, of_sensitivity: float, anywhere: float) -> Plans:
+        moved = imp.sensitivity(self.model, self.layers, self.calibration)
+        costs = {
+            x.name: capacity_costs(
+                x.weight, imp.directions(x) ** of_directions * moved[x.name] ** of_sensitivity, anywhere
+            )
+            for x in self.layers
+        }
+        shapes = {x.name: x.shape for x in self.layers}
+        return lambda sparsity: pw.SparsityPlan(among_highest(costs, Total(shapes, sparsity)), shapes)
 
     def measure(self, plan: pw.SparsityPlan, cell: records.Record) -> dict[str, float]:
         """Accuracy and loss of one cell. The same plan by another name is not measured again."""

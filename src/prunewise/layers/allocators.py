@@ -308,7 +308,9 @@ def among_highest(ranked: Mapping[str, Array], total: Total) -> dict[str, int]:
 ANYWHERE = 0.05
 
 
-def by_capacity(weights: Mapping[str, Tensor], masses: Mapping[str, float], total: Total) -> dict[str, int]:
+def by_capacity(
+    weights: Mapping[str, Tensor], masses: Mapping[str, float], total: Total, *, anywhere: float = ANYWHERE
+) -> dict[str, int]:
     """How many weights each layer keeps where the sum of what all layers lose is least: Σ −m_l·log(1 − r_l) over layers.
 
     r_l is the share of its energy Σ w² that layer l loses. Where r is small the loss is m·r, which is what a first-order
@@ -319,7 +321,7 @@ def by_capacity(weights: Mapping[str, Tensor], masses: Mapping[str, float], tota
 
     Masses all alike and removals of the smallest weights: LAMP. Removals anywhere (r = share of weights removed): densities in
     proportion to m_l / size, with m the inputs, outputs and kernel lengths: Erdős–Rényi-kernel. Pruning methods lie
-    between: here a share `ANYWHERE` of each removal counts as if it hit any weight alike.
+    between: here a share `anywhere` of each removal counts as if it hit any weight alike.
 
     Source: ours; it has LAMP (Lee et al. 2021, arXiv 2010.07611) and ERK (Evci et al. 2020, arXiv 1911.11134) as its ends.
 
@@ -327,6 +329,7 @@ def by_capacity(weights: Mapping[str, Tensor], masses: Mapping[str, float], tota
         weights: the weights of each layer. Zeros cost nothing.
         masses: m_l ≥ 0 by layer; only their ratios count.
         total: what all layers keep.
+        anywhere: in [0, 1].
 
     Raises:
         NonFiniteError: a weight is NaN.
@@ -337,10 +340,10 @@ def by_capacity(weights: Mapping[str, Tensor], masses: Mapping[str, float], tota
         >>> by_capacity(weights, {"a": 1.0, "b": 3.0}, Total({"a": (2, 2), "b": (2, 2)}, sparsity=0.5))
         {'a': 1, 'b': 3}
     """
-    return among_highest({name: capacity_costs(w, masses[name]) for name, w in weights.items()}, total)
+    return among_highest({name: capacity_costs(w, masses[name], anywhere) for name, w in weights.items()}, total)
 
 
-def capacity_costs(weight: Tensor, mass: float) -> Array:
+def capacity_costs(weight: Tensor, mass: float, anywhere: float = ANYWHERE) -> Array:
     """What each weight of a layer costs when it is the next to go, ascending, flat, float64; see `by_capacity`."""
     size = weight.detach().abs().reshape(-1).to("cpu", torch.float64).sort().values.numpy()
     if np.isnan(size).any():
@@ -349,7 +352,7 @@ def capacity_costs(weight: Tensor, mass: float) -> Array:
         return size
     energy = np.square(size / size[-1])
     alive = size > 0
-    share = (1 - ANYWHERE) * energy / energy.sum() + ANYWHERE * alive / alive.sum()
+    share = (1 - anywhere) * energy / energy.sum() + anywhere * alive / alive.sum()
     left = np.cumsum(share[::-1])[::-1]
     costs: Array = mass * share / left
     return costs
