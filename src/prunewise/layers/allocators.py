@@ -345,7 +345,8 @@ def by_capacity(
 
 def capacity_costs(weight: Tensor, mass: float, anywhere: float = ANYWHERE) -> Array:
     """What each weight of a layer costs when it is the next to go, ascending, flat, float64; see `by_capacity`."""
-    size = weight.detach().abs().reshape(-1).to("cpu", torch.float64).sort().values.numpy()
+    flat = weight.detach().abs().reshape(-1)
+    size = (flat if flat.dtype == torch.float64 else flat.float()).sort().values.to("cpu", torch.float64).numpy()
     if np.isnan(size).any():
         raise NonFiniteError("a weight is NaN: load a sound checkpoint")
     if not size.size or not size[-1]:

@@ -196,7 +196,9 @@ def sensitivity(
             for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
                 if gradient is not None:
                     used[i] = True
-                    sums[i] += (gradient.detach().double() * layer.weight.double()).square().sum()
+                    # In float64 only from the sum on: whole copies in it would take as long as the backward pass.
+                    moved = gradient.detach().float() * layer.weight.float()
+                    sums[i] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
             seen += 1
     for layer, called in zip(layers, used, strict=True):
         if not called:
