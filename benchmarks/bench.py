@@ -18,6 +18,28 @@ import records
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+STOPPED = 75  # exit status where the time limit came first: the same command goes on
+
+
+class OutOfTime(Exception):
+    """The next epoch would end after the time limit."""
+
+
+class Clock:
+    """Stops the process before its time limit."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.start = limit, time.perf_counter()
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.start
+
+    def require(self, seconds: float) -> None:
+        """Raise OutOfTime where another `seconds` would be too much."""
+        if self.limit is not None and self.passed + 1.15 * seconds > self.limit:
+            raise OutOfTime
 
 
 def circumstances(seed: int) -> dict[str, Any]:

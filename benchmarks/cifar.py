@@ -20,7 +20,7 @@ from typing import Any
 import peers
 import records
 import torch
-from bench import circumstances, table
+from bench import STOPPED, Clock, OutOfTime, circumstances, table
 from data import Cifar10
 from methods import METHODS, Job
 from models import build
@@ -29,7 +29,6 @@ from training import Settings, Trainer, accuracy, load, save
 import prunewise as pw
 
 MODELS = ("resnet20", "resnet56")
-STOPPED = 75  # exit status where the time limit came first: the same command goes on
 FAILED = 1
 
 # What makes two runs the same experiment, but for the seed.
@@ -100,22 +99,6 @@ def parse() -> argparse.Namespace:
     if not args.table and (args.data is None or args.weights is None):
         parser.error("--data and --weights are needed")
     return args
-
-
-class OutOfTime(Exception):
-    """The next epoch would end after the time limit."""
-
-
-class Clock:
-    """Stops the process before its time limit."""
-
-    def __init__(self, limit: float | None) -> None:
-        self.limit, self.start = limit, time.perf_counter()
-
-    def require(self, seconds: float) -> None:
-        """Raise OutOfTime where another `seconds` would be too much."""
-        if self.limit is not None and time.perf_counter() - self.start + 1.15 * seconds > self.limit:
-            raise OutOfTime
 
 
 def main() -> int:

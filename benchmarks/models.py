@@ -1,6 +1,7 @@
 """The architectures of the benchmarks, written out so that nothing but torch is needed.
 
 `resnet20`, `resnet56`: CIFAR-10, option A shortcuts; parameter names and values as in akamaster/pytorch_resnet_cifar10.
+`vgg16`, `vgg16_quarter`: with batch norm, for CIFAR-10, at all and at a quarter of the widths.
 `resnet18`, `resnet50`, `mobilenet_v2`, `vit_b16`: ImageNet sizes and parameter counts as in torchvision (random weights:
 the time of a forward pass does not depend on the values).
 """
@@ -36,9 +37,9 @@ class CifarBlock(nn.Module):
 class CifarResNet(nn.Module):
     """He et al. 2016, section 4.2: 6n+2 layers."""
 
-    def __init__(self, n: int, classes: int = 10) -> None:
+    def __init__(self, n: int, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*(CifarBlock(16, 16, 1) for _ in range(n)))
         self.layer2 = nn.Sequential(*(CifarBlock(32 if i else 16, 32, 1 if i else 2) for i in range(n)))
@@ -56,6 +57,31 @@ def load_cifar(model: CifarResNet, path: str | Path) -> CifarResNet:
 
     model.load_state_dict(load_file(str(path)), strict=False)
     return model
+
+
+class CifarVgg16(nn.Module):
+    """Simonyan and Zisserman 2015, configuration D, with batch norm, for images of 32 × 32: one linear layer at the end.
+
+    `width` is a share of the published widths (64 … 512).
+    """
+
+    def __init__(self, width: float = 1.0, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage, depth in zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3), strict=True):
+            out = round(stage * width)
+            for _ in range(depth):
+                layers += [nn.Conv2d(channels, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+                channels = out
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).flatten(1))
 
 
 class ResNetBlock(nn.Module):
@@ -169,6 +195,14 @@ class ViT(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
         return self.head(self.encoder(x)[:, 0])
 
+
+# For images of 32 × 32 with so many channels.
+SMALL: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": lambda channels: CifarResNet(3, channels=channels),
+    "resnet56": lambda channels: CifarResNet(9, channels=channels),
+    "vgg16": lambda channels: CifarVgg16(channels=channels),
+    "vgg16_quarter": lambda channels: CifarVgg16(0.25, channels=channels),
+}
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "resnet20": (lambda: CifarResNet(3), (3, 32, 32)),

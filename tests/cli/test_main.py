@@ -218,6 +218,29 @@ def test_prune_in_one_shot_saves_a_model_that_loads(project, capsys):
     assert pw.measure(small, torch.zeros(1, 3, 8, 8)).macs == result["after"]["macs"]
 
 
+def test_allocate_prints_and_saves_a_plan_of_the_exact_total(project, capsys):
+    from prunewise import SparsityPlan
+
+    arguments = ["allocate", "--model", "my_project:model", "--sparsity", "0.5", "--importance", "erk"]
+    assert main([*arguments, "--out", "plans/half.json", "--json"]) == 0
+    plan = SparsityPlan.from_dict(json.loads(capsys.readouterr().out))
+    assert plan.kept == (8 * 27 + 4 * 72) // 2
+    assert SparsityPlan.from_dict(json.loads((project / "plans/half.json").read_text())) == plan
+    assert main(arguments) == 0
+    assert "50.0 %" in capsys.readouterr().out.splitlines()[-1]
+    assert main([*arguments, "--exclude", "0", "--include", "3"]) == 0
+    assert "216" not in capsys.readouterr().out
+
+
+def test_allocate_with_data_and_what_it_refuses(project, capsys):
+    arguments = ["allocate", "--model", "my_project:small", "--sparsity", "0.5", "--importance", "owl"]
+    assert main([*arguments, "--data", "my_project:pair", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"]["importance"] == "owl"
+    assert main(arguments) == 1
+    assert "needs data" in capsys.readouterr().err
+    assert main(["allocate", "--model", "my_project:small"]) == 2
+
+
 def test_prune_by_gates_logs_to_stderr_and_goes_on_from_its_checkpoint(project, capsys):
     arguments = ["prune", "--model", "my_project:small", "--data", "my_project:pair", "--macs", "0.6", "--epochs", "2"]
     arguments += ["--out", "small", "--checkpoint", "run", "--json"]

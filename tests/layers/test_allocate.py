@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import prunewise as pw
 from prunewise.layers.allocate import _OURS, _PUBLISHED
 
-NAMES = ["capacity", *_PUBLISHED, *_OURS]
+NAMES = [*_OURS, *_PUBLISHED]
 SHAPES_ONLY = ("uniform", "erk", "params")
 WEIGHTS = ("lamp", "global_magnitude", "stable_rank", "alpha")
 
@@ -48,20 +48,45 @@ def test_every_importance_meets_the_total(importance: str, sparsity: float) -> N
     assert model.training
 
 
-def test_capacity_says_what_it_is() -> None:
-    plan = pw.allocate(net(), 0.5, data=data(), progress=False)
-    assert plan.notes["measure"] == "effective_rank"
-    assert plan.keep == pw.allocate(net(), 0.5, "effective_rank", data(), progress=False).keep
+def test_capacity_needs_no_targets_and_the_first_samples_are_enough() -> None:
+    inputs = torch.randn(64, 2, 4, 4)
+    plan = pw.allocate(net(), 0.5, data=[inputs], progress=False)
+    assert plan.notes["importance"] == "capacity"
+    assert plan.keep == pw.allocate(net(), 0.5, data=inputs[:32].split(5), progress=False).keep
+    never_ends = iter(lambda: inputs[:8], None)
+    assert sum(pw.allocate(net(), 0.5, data=never_ends, progress=False).keep.values()) == 192
 
 
-def test_capacity_gives_less_to_layers_that_use_few_directions() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(2)))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.linalg.qr(torch.randn(16, 16)).Q)
-        model[1].weight[2:] = 0  # two outputs only
-    plan = pw.allocate(model, 0.5, data=[torch.randn(500, 16)], progress=False)
-    assert plan["1"] > plan["0"] + 0.1
+def test_capacity_keeps_more_of_the_layer_that_moves_the_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.quiet = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.quiet.load_state_dict(self.loud.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 10 * self.loud(x) + self.quiet(x)
+
+    plan = pw.allocate(Two(), 0.7, data=[torch.randn(40, 16)], progress=False)
+    assert plan["loud"] < 0.6 < 0.8 < plan["quiet"]
+    assert dict(pw.allocate(Two(), 0.7, "lamp")) == {"loud": plan.sparsity, "quiet": plan.sparsity}
+
+
+def test_capacity_names_a_layer_that_the_outputs_do_not_depend_on() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    with pytest.raises(pw.DataError, match="never depend on 'spare'.*exclude='spare'"):
+        pw.allocate(Unused(), 0.5, data=[torch.randn(3, 4)], progress=False)
+    no_gradients = nn.Linear(4, 4)
+    no_gradients.forward = torch.no_grad()(no_gradients.forward)
+    with pytest.raises(pw.DataError, match="can be differentiated"):
+        pw.allocate(no_gradients, 0.5, data=[torch.randn(3, 4)], progress=False)
 
 
 @pytest.mark.parametrize("importance", SHAPES_ONLY)
@@ -164,7 +189,7 @@ def test_totals_out_of_range(sparsity: float) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(pw.PlanError, match="unknown importance 'magic': use capacity, uniform"):
+    with pytest.raises(pw.PlanError, match="unknown importance 'magic': use capacity, effective_rank"):
         pw.allocate(net(), 0.5, "magic")
     with pytest.raises(pw.PlanError, match="no layer matches 'layer1'"):
         pw.allocate(net(), 0.5, "erk", exclude="layer1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,7 +15,9 @@ import prunewise as pw
 from prunewise.layers.allocators import (
     Total,
     alpha_pruning,
+    by_capacity,
     by_score,
+    capacity_costs,
     erk,
     global_magnitude,
     lamp,
@@ -189,3 +192,49 @@ def test_what_cannot_be_met_is_said() -> None:
         proportional({"a": math.nan, "b": 1}, total)
     with pytest.raises(pw.NonFiniteError, match="weight of 'a'"):
         lamp({"a": torch.tensor([1, math.nan, 2]), "b": torch.ones(3)}, total)
+
+
+def test_by_capacity_between_lamp_and_erk() -> None:
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(20, 10), "b": 3 * torch.randn(40, 20).pow(3), "c": torch.randn(10, 8, 3, 3)}
+    total = Total({n: tuple(w.shape) for n, w in weights.items()}, sparsity=0.8)
+    alike = dict.fromkeys(weights, 1.0)
+    assert by_capacity(weights, alike, total, anywhere=0.0) == lamp(weights, total)
+    directions = {n: float(sum(w.shape)) for n, w in weights.items()}
+    difference = [abs(by_capacity(weights, directions, total, anywhere=1.0)[n] - k) for n, k in erk(total).items()]
+    assert max(difference) <= 1
+
+
+def test_by_capacity_is_the_least_loss_there_is() -> None:
+    """Against every other split of a small network, by the loss that it says it makes least."""
+    torch.manual_seed(1)
+    weights = {"a": torch.randn(6), "b": 5 * torch.randn(5), "c": torch.randn(4)}
+    masses = {"a": 1.0, "b": 0.3, "c": 2.5}
+    total = Total({n: tuple(w.shape) for n, w in weights.items()}, sparsity=0.6)
+
+    def lost(keep: dict[str, int]) -> float:
+        # Σ of the cost of each weight that goes, smallest first: the discrete form of Σ −m·log(1 − r).
+        return sum(float(capacity_costs(w, masses[n])[: w.numel() - keep[n]].sum()) for n, w in weights.items())
+
+    splits = [
+        dict(zip(weights, counts, strict=True))
+        for counts in itertools.product(range(7), range(6), range(5))
+        if sum(counts) == total.keep
+    ]
+    assert lost(by_capacity(weights, masses, total)) == pytest.approx(min(lost(s) for s in splits))
+
+
+def test_by_capacity_scale_zeros_and_masses() -> None:
+    torch.manual_seed(2)
+    weights = {"a": torch.randn(30, 10), "b": torch.randn(20, 10)}
+    masses = {"a": 2.0, "b": 1.0}
+    total = Total({n: tuple(w.shape) for n, w in weights.items()}, sparsity=0.7)
+    counts = by_capacity(weights, masses, total)
+    scaled = {"a": weights["a"] * 1e-6, "b": weights["b"] * 1e6}
+    assert by_capacity(scaled, {n: 7 * m for n, m in masses.items()}, total) == counts
+    assert by_capacity(weights, {"a": 4.0, "b": 1.0}, total)["a"] > counts["a"]
+    dead = {**weights, "c": torch.zeros(50)}
+    total = Total({n: tuple(w.shape) for n, w in dead.items()}, sparsity=0.7)
+    assert by_capacity(dead, {**masses, "c": 9.0}, total)["c"] == 0
+    with pytest.raises(pw.NonFiniteError):
+        by_capacity({"a": torch.tensor([1.0, math.nan])}, {"a": 1.0}, Total({"a": (2,)}, 0.5))

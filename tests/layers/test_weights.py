@@ -131,3 +131,14 @@ def test_linear_layers_of_transformers_with_turned_weights() -> None:
         ours, theirs = (pw.sparsify_(copy.deepcopy(m), pw.allocate(m, 0.5, "capacity", [x], progress=False), method, data=[x])
                         for m in (turned, plain))  # fmt: skip
         torch.testing.assert_close(ours[0].weight.T, theirs[0].weight)
+
+
+def test_by_position_has_one_matrix_a_group_and_kernel_position() -> None:
+    layer = find_layers(nn.Conv2d(4, 6, (2, 3), groups=2))[0]
+    weight = layer.weight
+    matrices = layer.by_position(weight)
+    assert matrices.shape == (2 * 6, 3, 2)
+    # Group 1, position (1, 0): the fourth of its six.
+    assert torch.equal(matrices[6 + 3], weight[3:, :, 1, 0])
+    linear = find_layers(nn.Linear(3, 5))[0]
+    assert torch.equal(linear.by_position(linear.weight)[0], linear.weight)

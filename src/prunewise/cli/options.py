@@ -37,8 +37,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that take a model."""
+def add_model_options(parser: argparse.ArgumentParser, *, traced: bool = True) -> None:
+    """Options of the verbs that take a model; `traced` where they need an example input."""
     parser.add_argument(
         "--model",
         metavar="MODULE:FACTORY",
@@ -50,12 +50,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FACTORY",
         help="a callable without arguments that returns a data loader, or a pair: training, validation",
     )
-    parser.add_argument(
-        "--input",
-        metavar="SHAPE[:DTYPE]",
-        action="append",
-        help="example input, as 1,3,224,224 or 1,128:int64; once for each positional input (default: from --data)",
-    )
+    if traced:
+        parser.add_argument(
+            "--input",
+            metavar="SHAPE[:DTYPE]",
+            action="append",
+            help="example input, as 1,3,224,224 or 1,128:int64; once for each positional input (default: from --data)",
+        )
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,6 @@ from prunewise.layers.weights import Choice, Layer, check_finite, find_layers
 
 Importance = Callable[[nn.Module, Sequence[Layer]], Mapping[str, float]]
 Allocator = Callable[[Total], dict[str, int]]
-
-# What "capacity" means. Ours, by name; to be settled by measurement.
-CAPACITY = "effective_rank"
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,13 @@ def allocate(
     Args:
         model: any module; not changed. On the meta device too, for the importances that look at shapes only.
         sparsity: share of weights to remove over all layers, in [0, 1). At least one weight stays.
-        importance: densities in proportion to it, clipped and solved again ("how" is in `layers.allocators`). By name:
+        importance: "capacity", the default: the split at which the layers together lose least, by what is left of each layer's
+            energy, how far it moves the model's outputs, and how many directions it has (`allocators.by_capacity`). It
+            needs `data`, without targets, and looks at the first 32 samples. Others by name (`layers.allocators` says how):
             - from shapes: "uniform"; "erk"; "params" (every layer as a whole is worth the same);
             - from weights: "lamp", "global_magnitude", "stable_rank", "alpha" (AlphaPruning);
-            - from activations (needs `data`, a few hundred samples): "capacity" (the default; at present
-              "effective_rank": how many directions of a layer's input and output are in use, for the weights it has),
-              "effective_rank", "rate" (log-det in place of the rank), "owl";
+            - from activations (needs `data`, a few hundred samples): "effective_rank" (how many directions of a layer's
+              input and output are in use, for the weights it has), "rate" (log-det in place of the rank), "owl";
             - from gradients or losses (needs `data` with targets): "taylor", "fisher", "loss_increase";
             - or a callable from (model, layers) to {layer name: importance ≥ 0}: d_l = κ·importance, clipped.
         data: a loader of batches: (inputs, targets), inputs, or dicts.
@@ -109,16 +108,14 @@ def allocation(
         given = importance(model, layers)
         allocator, ours = partial(proportional, given), True
     else:
-        if importance == "capacity":
-            importance = notes["measure"] = CAPACITY
         if importance not in _PUBLISHED and importance not in _OURS:
-            known = ", ".join((*_PUBLISHED, *_OURS))
-            raise PlanError(f"unknown importance {importance!r}: use capacity, {known}, or a callable")
+            known = ", ".join((*_OURS, *_PUBLISHED))
+            raise PlanError(f"unknown importance {importance!r}: use {known}, or a callable")
         if importance not in _FROM_SHAPES:
             _check_weights(layers, name)
         request = _Request(name, model, layers, data, loss, shown)
         ours = importance in _OURS
-        allocator = partial(proportional, _OURS[importance](request)) if ours else _PUBLISHED[importance](request)
+        allocator = _OURS[importance](request) if ours else _PUBLISHED[importance](request)
 
     def plan(sparsity: float) -> SparsityPlan:
         total = _total(shapes, sparsity, floor) if ours else Total(shapes, sparsity, floor or 0.0)
@@ -151,6 +148,24 @@ def _statistics(request: _Request, *wanted: str) -> dict[str, LayerStatistics]:
     return gather(
         request.model, request.layers, request.data, wanted, what=f"importance {request.name!r}", shown=request.shown
     )
+
+
+def _capacity(request: _Request) -> Allocator:
+    """`by_capacity` with masses m = √(k·s): k directions that a layer has, s the outputs' sensitivity to it.
+
+    The geometric mean of what m is at the two ends of `by_capacity`'s loss. Its exponents, and the share of removals anywhere, were
+    chosen among some thirty candidates by accuracy after pruning: see benchmarks/README.md.
+    """
+    moved = imp.sensitivity(request.model, request.layers, request.data, shown=request.shown)
+    costs = {
+        x.name: allocators.capacity_costs(x.weight, math.sqrt(imp.directions(x) * moved[x.name]))
+        for x in request.layers
+    }
+    return partial(allocators.among_highest, costs)
+
+
+def _proportional(importances: Callable[[_Request], dict[str, float]]) -> Callable[[_Request], Allocator]:
+    return lambda request: partial(proportional, importances(request))
 
 
 def _by_covariance(request: _Request, measure: Callable[[Tensor], float]) -> dict[str, float]:
@@ -201,7 +216,7 @@ def _owl(request: _Request) -> Allocator:
 
 
 def _alpha(request: _Request) -> Allocator:
-    exponents = {x.name: imp.tail_exponent(x.as_matrix(x.weight)) for x in request.layers}
+    exponents = {x.name: imp.tail_exponent(x.by_position(x.weight)) for x in request.layers}
     return partial(allocators.alpha_pruning, exponents)
 
 
@@ -226,13 +241,14 @@ _PUBLISHED: dict[str, Callable[[_Request], Allocator]] = {
     "alpha": _alpha,
 }
 
-# Importances that densities are in proportion to.
-_OURS: dict[str, Callable[[_Request], dict[str, float]]] = {
-    "effective_rank": partial(_by_covariance, measure=imp.effective_rank),
-    "rate": partial(_by_covariance, measure=imp.coding_rate),
-    "stable_rank": _stable_rank,
-    "params": lambda request: {layer.name: 1 / layer.size for layer in request.layers},
-    "taylor": _taylor,
-    "fisher": _fisher,
-    "loss_increase": _loss_increase,
+# Ours: these have a floor by default.
+_OURS: dict[str, Callable[[_Request], Allocator]] = {
+    "capacity": _capacity,
+    "effective_rank": _proportional(partial(_by_covariance, measure=imp.effective_rank)),
+    "rate": _proportional(partial(_by_covariance, measure=imp.coding_rate)),
+    "stable_rank": _proportional(_stable_rank),
+    "params": _proportional(lambda request: {layer.name: 1 / layer.size for layer in request.layers}),
+    "taylor": _proportional(_taylor),
+    "fisher": _proportional(_fisher),
+    "loss_increase": _proportional(_loss_increase),
 }

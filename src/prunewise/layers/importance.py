@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from prunewise.core.batch import cross_entropy, differentiable
+from prunewise.core.batch import cross_entropy, differentiable, run
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.untouched import evaluating
 from prunewise.layers.masks import top, with_weights
@@ -106,12 +106,14 @@ def tail_exponent(matrix: Tensor) -> float:
     Lower = heavier tail = better trained, so more of it should be kept. 1 + k / Σ ln(λ_i / λ_k+1), over the k largest.
 
     Args:
-        matrix: shape (groups, rows, columns) or (rows, columns); the eigenvalues of all groups are taken together.
+        matrix: shape (matrices, rows, columns) or (rows, columns); the eigenvalues of all are taken together. Of a convolution
+            it is one matrix a kernel position (`Layer.by_position`), as in the authors' code.
 
     Returns:
         The exponent, > 1; NaN where it is undefined (fewer than 4 eigenvalues above zero, or the upper half all alike).
 
-    Source: Lu et al. 2024, arXiv 2410.10912 (AlphaPruning), equation 2, with k half of the eigenvalues.
+    Source: Lu et al. 2024, arXiv 2410.10912 (AlphaPruning), equation 2, with k half of the eigenvalues: what the authors' code
+    calls xmin_mid and takes for image classifiers (for language models it looks for the peak of the spectrum).
     """
     values = _singular_squares(matrix).flatten().sort(descending=True).values
     values = values[values > values[0] * 1e-14]
@@ -145,6 +147,96 @@ def outlier_ratio(matrix: Tensor, squares: Tensor, *, factor: float = 5.0) -> fl
     """
     scores = matrix.detach().double().abs() * squares.to(matrix.device).sqrt().unsqueeze(1)
     return float((scores > factor * scores.mean()).double().mean())
+
+
+# -- of the outputs ------------------------------------------------------------------------------------------------
+
+# So many samples say how much each layer moves the outputs: one backward pass a sample, and layers differ by orders of magnitude.
+PROBED = 32
+
+
+def directions(layer: Layer) -> int:
+    """Inputs + outputs + kernel lengths: how many directions a layer has to say something in; Erdős–Rényi-kernel's numerator."""
+    return sum(layer.shape)
+
+
+def sensitivity(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any] | None,
+    *,
+    samples: int = PROBED,
+    what: str = "capacity",
+    shown: bool = False,
+) -> dict[str, float]:
+    """Σ_w w²·E‖∂f/∂w‖²/‖f‖² by layer, ≥ 0: how far the outputs f move, at first order, when a layer's weights go one by one.
+
+    The squared norm is estimated by a random sign for each output (Hutchinson), always the same for the same sample. Of several
+    outputs each counts relative to its own norm. No targets are needed, and batch sizes do not matter.
+
+    Args:
+        model: run in eval mode, sample by sample; batches are split along their first dimension.
+        layers: from `find_layers`.
+        data: batches; no more than needed are drawn.
+        samples: at most so many are looked at, the first ones.
+        what: who asks for data, for the error messages.
+        shown: show the progress on stderr.
+
+    Raises:
+        DataError: no data, an empty loader, a layer that the outputs never depend on, or outputs that depend on no weight.
+        NonFiniteError: a gradient is NaN or infinite; names the layer.
+    """
+    watched = [layer.parameter for layer in layers]
+    sums = [torch.zeros((), dtype=torch.float64, device=p.device) for p in watched]
+    used, seen = [False] * len(layers), 0
+    with differentiable(model, watched):
+        for sample in _first(batches(model, data, f"importance {what!r}", shown), samples):
+            probe = _probe(run(model, sample), seen)
+            gradients = torch.autograd.grad(probe, watched, allow_unused=True)
+            for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+                if gradient is not None:
+                    used[i] = True
+                    # In float64 only from the sum on: whole copies in it would take as long as the backward pass.
+                    moved = gradient.detach().float() * layer.weight.float()
+                    sums[i] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
+            seen += 1
+    for layer, called in zip(layers, used, strict=True):
+        if not called:
+            raise DataError(
+                f"the outputs never depend on {layer.name!r} on this data, so importance {what!r} has nothing to go by: give "
+                f"exclude={layer.name!r}"
+            )
+    result = {layer.name: total / seen for layer, total in zip(layers, sums, strict=True)}
+    _check_gradients(result)
+    return {name: float(value) for name, value in result.items()}
+
+
+def _first(batches_: Iterable[Any], samples: int) -> Iterable[Any]:
+    """The first samples, each a batch of one."""
+    left = samples
+    for batch in batches_:
+        for sample in _split(batch):
+            yield sample
+            left -= 1
+            if not left:
+                return
+
+
+def _probe(outputs: Any, number: int) -> Tensor:
+    """One number: all outputs that can be differentiated, each scaled to length 1, with signs drawn for this sample."""
+    rng = torch.Generator().manual_seed(number)
+    total = None
+    for value in torch.utils._pytree.tree_leaves(dict(outputs) if isinstance(outputs, dict) else outputs):
+        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
+            sign = (torch.randint(2, value.shape, generator=rng) * 2 - 1).to(value)
+            norm = value.detach().double().norm()
+            scaled = (value * sign).double().sum() / torch.where(norm > 0, norm, torch.ones_like(norm))
+            total = scaled if total is None else total + scaled
+    if total is None:
+        raise DataError(
+            "no output of the model can be differentiated: take an importance that needs no gradients (lamp, erk, owl, ...)"
+        )
+    return total
 
 
 # -- of the loss --------------------------------------------------------------------------------------------------

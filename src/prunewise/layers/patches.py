@@ -63,6 +63,21 @@ def patches_of(layer: Layer, inputs: Tensor) -> Tensor:
     return flat.permute(1, 0, 3, 2, 4).reshape(layer.groups, -1, layer.columns)
 
 
+def squares_of(layer: Layer, inputs: Tensor) -> tuple[Tensor, int]:
+    """Σ of squares of each column of `patches_of` over its rows, shape (groups, columns), float64; and how many rows there are.
+
+    Samples are summed before they are cut into patches: a square stands where its value stood.
+    """
+    module: Any = layer.module
+    if not isinstance(module, CONV + TRANSPOSED):
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64)
+        return rows.square().sum(0, keepdim=True), len(rows)
+    dims = len(module.kernel_size)
+    inputs = inputs.unsqueeze(0) if inputs.dim() == dims + 1 else inputs
+    patches = patches_of(layer, inputs.to(torch.float64).square().sum(0, keepdim=True))
+    return patches.sum(1), patches.shape[1] * len(inputs)
+
+
 def _stuffed(module: Any, inputs: Tensor) -> Tensor:
     """The input of a transposed convolution, spread out and padded: it is a plain convolution of that, with the kernel flipped."""
     dims = len(module.kernel_size)

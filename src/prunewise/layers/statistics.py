@@ -17,7 +17,7 @@ from prunewise._progress import progress
 from prunewise.core.batch import run
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.untouched import attributes_kept, evaluating
-from prunewise.layers.patches import channels_of, patches_of
+from prunewise.layers.patches import channels_of, patches_of, squares_of
 from prunewise.layers.weights import Layer
 
 INPUT, OUTPUT, SQUARES, HESSIAN = "input", "output", "squares", "hessian"
@@ -95,15 +95,15 @@ class LayerStatistics:
             self.input.add(channels_of(module, inputs, POSITIONS))
         if OUTPUT in wanted:
             self.output.add(channels_of(module, outputs, POSITIONS))
-        if SQUARES in wanted or HESSIAN in wanted:
+        if SQUARES in wanted:
+            squares, count = squares_of(layer, inputs)
+            self.rows += count
+            self.squares = squares if self.squares is None else self.squares.add_(squares)
+        if HESSIAN in wanted:
             rows = patches_of(layer, inputs).to(torch.float64)
-            self.rows += rows.shape[1]
-            if SQUARES in wanted:
-                squares = rows.square().sum(1)
-                self.squares = squares if self.squares is None else self.squares.add_(squares)
-            if HESSIAN in wanted:
-                hessian = rows.transpose(1, 2) @ rows
-                self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
+            self.rows += 0 if SQUARES in wanted else rows.shape[1]
+            hessian = rows.transpose(1, 2) @ rows
+            self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
 
     def finite(self) -> bool:
         """True where no sum is NaN or infinite."""

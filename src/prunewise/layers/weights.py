@@ -88,6 +88,11 @@ class Layer:
             weight = weight.t()
         return weight.reshape(self.groups, self.rows, self.columns)
 
+    def by_position(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as one matrix a group and kernel position, (groups · positions, rows, inputs)."""
+        matrix = self.as_matrix(weight).reshape(self.groups, self.rows, -1, self.positions)
+        return matrix.permute(0, 3, 1, 2).reshape(self.groups * self.positions, self.rows, -1)
+
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `as_matrix`: a tensor of the weight's shape, contiguous."""
         if isinstance(self.module, TRANSPOSED):

@@ -1,0 +1,61 @@
+"""`prunewise allocate`: how sparse each layer should be, for one total."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from prunewise.cli.options import add_model_options
+from prunewise.cli.output import as_share, print_json, print_line, print_table
+
+HELP = "the sparsity of each layer that one total calls for, as a plan"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add_model_options(parser, traced=False)
+    parser.add_argument(
+        "--sparsity", metavar="SHARE", type=float, required=True, help="share of weights to remove, as 0.9"
+    )
+    parser.add_argument(
+        "--importance",
+        default="capacity",
+        help="what a layer's share goes by: erk, lamp, global_magnitude, owl, alpha, taylor, … (%(default)s)",
+    )
+    parser.add_argument("--floor", metavar="DENSITY", type=float, help="least share of a layer's weights to keep")
+    layers = "layers by name or pattern; repeatable"
+    parser.add_argument("--include", metavar="PATTERN", action="append", help=f"only these {layers}")
+    parser.add_argument("--exclude", metavar="PATTERN", action="append", help=f"leave alone these {layers}")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the plan here, as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Allocate, save and print."""
+    import prunewise as pw
+    from prunewise._files import write_json
+    from prunewise.cli.loading import load_data, load_model
+
+    model = load_model(args.model)
+    plan = pw.allocate(
+        model,
+        args.sparsity,
+        args.importance,
+        load_data(args.data)[0] if args.data else None,
+        floor=args.floor,
+        include=args.include,
+        exclude=args.exclude,
+    )
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, plan.to_dict())
+    if args.json:
+        print_json(plan.to_dict())
+        return
+    sizes = plan.sizes
+    rows = [[name, f"{sizes[name]:,}", f"{keep:,}", as_share(keep, sizes[name])] for name, keep in plan.keep.items()]
+    rows.append(["all", f"{sum(sizes.values()):,}", f"{plan.kept:,}", as_share(plan.kept, sum(sizes.values()))])
+    print_table(f"{args.model}, {args.importance}", ["layer", "weights", "kept", "share"], rows)
+    if args.out is not None:
+        print_line(
+            f"saved in {args.out}; read it with SparsityPlan.from_dict, put it in force with prunewise.sparsify_"
+        )
