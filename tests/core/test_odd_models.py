@@ -94,7 +94,9 @@ def test_gated_is_small_or_pinned(name: str) -> None:
         cost = surgeon.costs({n: len(k) for n, k in keep.items()})
         measured = pw.measure(small, inputs)
         assert measured.params == cost.params, name
-        if seed or name not in FEWER_AT_ONE:
+        if name in FEWER_AT_ONE and min(map(len, keep.values())) == 1:
+            assert measured.macs <= cost.macs
+        else:
             assert measured.macs == cost.macs, name
         for key, value in model.state_dict().items():
             assert torch.equal(value, state[key]), f"{name}: {key} was changed"
