@@ -170,15 +170,28 @@ def _cone(end: int, makers: dict[int, Op]) -> list[Op] | None:
     return [ops[i] for i in sorted(ops)]
 
 
-@torch.no_grad()
 def _normalised(trace: Trace, sources: set[int], ops: Sequence[Op], end: int) -> GainUse | None:
     """The weight, where the operations make of random numbers what such a weight is."""
+    # Small numbers show a floor under the norm; large ones make the epsilon beside a deviation negligible.
+    for centred, scale in ((False, 1e-4), (True, 1e4)):
+        values = _computed(trace, sources, ops, scale)
+        for v, g in (sorted(sources), sorted(sources, reverse=True)) if values else ():
+            rank = values[v].dim()
+            for kept in [(d,) for d in range(rank)] + ([] if centred else [()]):
+                dims = tuple(d for d in range(rank) if d not in kept)
+                what = Gain(trace.tensors[g].name, trace.tensors[v].name, dims, centred)
+                if _is(what, values[end], values[v], values[g]):
+                    return GainUse(what, tuple(op.index for op in ops), end)
+    return None
+
+
+@torch.no_grad()
+def _computed(trace: Trace, sources: set[int], ops: Sequence[Op], scale: float) -> dict[int, Tensor]:
+    """All that the operations make of random numbers; nothing where they do not run."""
     draw = torch.Generator().manual_seed(0)
-    # Large enough for any epsilon to be negligible.
     values = {
-        i: 1e4 * torch.randn(trace.tensors[i].shape, generator=draw, dtype=torch.float64) for i in sorted(sources)
+        i: scale * torch.randn(trace.tensors[i].shape, generator=draw, dtype=torch.float64) for i in sorted(sources)
     }
-    given = dict(values)
 
     def value(leaf: Any) -> Any:
         return values[leaf.id] if isinstance(leaf, Ref) else leaf
@@ -189,20 +202,17 @@ def _normalised(trace: Trace, sources: set[int], ops: Sequence[Op], end: int) ->
             out = op.func(**args)
             values[op.outputs[0]] = out if isinstance(out, Tensor) else out[0]
     except (RuntimeError, TypeError):
-        return None
-    for v, g in (sorted(sources), sorted(sources, reverse=True)):
-        rank = len(given[v].shape)
-        for kept in [(d,) for d in range(rank)] + [()]:
-            names = trace.tensors[g].name, trace.tensors[v].name
-            dims = tuple(d for d in range(rank) if d not in kept)
-            if values[end].shape != given[v].shape or math.prod(given[v].shape[d] for d in kept) != given[g].numel():
-                continue
-            for centred in (False, True) if kept else (False,):
-                what = Gain(*names, dims, centred)
-                plain = given[v] - given[v].mean(dims, keepdim=True) if centred else given[v]
-                norm = what.norm(plain)
-                expected = given[g].reshape(norm.shape) * plain / norm
-                scale = (values[end] * expected).sum() / expected.square().sum() if centred else 1.0
-                if torch.allclose(values[end], scale * expected, rtol=1e-6, atol=1e-6 * float(values[end].abs().max())):
-                    return GainUse(what, tuple(op.index for op in ops), end)
-    return None
+        return {}
+    return values
+
+
+def _is(what: Gain, weight: Tensor, direction: Tensor, gain: Tensor) -> bool:
+    """True where `weight` is what its description says; of a standardised one, up to a constant factor."""
+    kept = [n for d, n in enumerate(direction.shape) if d not in what.dims]
+    if weight.shape != direction.shape or math.prod(kept) != gain.numel():
+        return False
+    plain = direction - direction.mean(what.dims, keepdim=True) if what.centred else direction
+    norm = what.norm(plain)
+    expected = gain.reshape(norm.shape) * plain / norm
+    factor = (weight * expected).sum() / expected.square().sum() if what.centred else 1.0
+    return torch.allclose(weight, factor * expected, rtol=1e-6, atol=1e-6 * float(weight.abs().max()))
