@@ -23,6 +23,7 @@ from prunewise.core.proof import check_equal
 from prunewise.core.slices import copied, slice_state, state_slices
 from prunewise.core.structure import analyse
 from prunewise.core.trace import Inputs
+from prunewise.core.untouched import evaluating
 from prunewise.core.widths import fit_attributes
 
 
@@ -88,7 +89,8 @@ class Surgeon:
     def _sliced(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], parts: Parts | None = None) -> nn.Module:
         small = copied(model)
         slice_state(small, state_slices(self.grouping, keep))
-        _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
+        with evaluating(small):  # a weight made by a parametrization may change with every look in train mode
+            _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
         problem = fit_attributes(small, self.example_inputs, self.costs, keep, parts)
         if problem is not None:
             raise VerificationError(problem)
