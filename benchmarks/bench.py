@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -180,3 +181,8 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def without_folders(text: str) -> str:
+    """Paths of this machine in a text, down to the file and its folder."""
+    return re.sub(r"/[\w./-]*/([\w.-]+/[\w.-]+\.py)", r"\1", text)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from bench import without_folders
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import Entry, vary_
@@ -103,7 +104,7 @@ class Examination:
         return {
             "class_kept": type(self.small) is type(self.model),
             "graphs": sum(isinstance(m, RebuiltModule) for m in self.small.modules()),
-            "why_graph": _without_folders(told[0].partition("because ")[2][:300]) if told else "",
+            "why_graph": without_folders(told[0].partition("because ")[2][:300]) if told else "",
         }
 
     def equal(self) -> Facts:
@@ -350,19 +351,14 @@ def failure(error: BaseException) -> Facts:
     while (before := chain[-1].__cause__) is not None:
         chain.append(before)
     frames = [f for e in reversed(chain) for f in reversed(traceback.extract_tb(e.__traceback__))]
-    places = [f"{_without_folders(f.filename)}:{f.lineno} {f.name}" for f in frames]
+    places = [f"{without_folders(f.filename)}:{f.lineno} {f.name}" for f in frames]
     ours = [p for p, f in zip(places, frames, strict=True) if "/prunewise/" in f.filename]
     found = {"error": f"{type(error).__name__}: {first_line(error)}", "at": places[:1], "in_prunewise": ours[:1]}
     return found | ({"cause": f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"} if len(chain) > 1 else {})
 
 
 def first_line(error: BaseException) -> str:
-    return _without_folders((str(error).strip().splitlines() or [type(error).__name__])[0])[:400]
-
-
-def _without_folders(text: str) -> str:
-    """Paths of this machine down to the file and its folder."""
-    return re.sub(r"/[\w./-]*/([\w.-]+/[\w.-]+\.py)", r"\1", text)
+    return without_folders((str(error).strip().splitlines() or [type(error).__name__])[0])[:400]
 
 
 def peak_mib() -> float:

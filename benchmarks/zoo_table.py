@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench import RESULTS, table
+from bench import RESULTS, table, without_folders
 from records import grouped
 
 Record = dict[str, Any]
@@ -30,11 +30,18 @@ def write_table(found: Sequence[Record]) -> None:
         last = found[-1]
         parts.append(
             f"`{last['command']}`, {last['date']}, torch {last['versions']['torch']}, {last['hardware']['cpu']}, one thread "
-            f"and {last['limit_s']} s of processor time a model, seed {last['seed']}."
+            f"and at most {last['limit_s']} s of processor time a model, seed {last['seed']}. Models by state of the code: "
+            f"{commits(ours.values())}."
         )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "zoo.md").write_text("\n\n".join(parts) + "\n")
+    (RESULTS / "zoo.md").write_text(without_folders("\n\n".join(parts)) + "\n")
     print(parts[1])
+
+
+def commits(found: Iterable[Record]) -> str:
+    """How many records of each suite are of which commit."""
+    counts = Counter((r["suite"], r["commit"]) for r in found)
+    return ", ".join(f"{suite} {number} at {commit}" for (suite, commit), number in counts.most_common())
 
 
 def right(record: Record, *stages: str) -> bool:
