@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
 
 import prunewise as pw
+from prunewise.samples.mirroring import mirrored_split, two_groups
 from prunewise.samples.selection import GROUPS
-from prunewise.samples.suspecting import suspect_threshold, two_groups
 
 
 def scores_of(
@@ -47,25 +49,83 @@ def test_worst_first_with_what_is_known_of_them() -> None:
     assert found.score.tolist() == [0.95, 0.7, 0.7]
     assert found.number.tolist() == found.proposed_label.tolist() == [3, 1, 6]
     assert found.given_label.tolist() == [6, 2, 12]
-    assert found.estimated_count == len(found) == 3 and -0.8 < found.threshold < 0.7
+    assert found.estimated_count == len(found) == 3 and found.threshold == 0
     assert "| d | 0.950 | 6 | 3 |" in found.table()
     assert pw.suspects(s, np.arange(7) * 2, limit=1).sample_id.tolist() == ["d"]
     assert pw.suspects(s, np.arange(7) * 2, limit=1).estimated_count == 3
     assert len(pw.suspects(s, np.arange(7) * 2, threshold=0.9)) == 1
 
 
+Floats = npt.NDArray[np.float64]
+
+
+def right_labels(n: int, centre: float = 0.0, hard: float = 0.15, seed: int = 0) -> Floats:
+    """Scores of n right labels: most accepted, a share of hard ones that reach above artanh `centre`."""
+    random = np.random.default_rng(seed)
+    difficult = random.normal(centre - 0.3, 0.4, n)
+    return np.tanh(np.where(random.random(n) < hard, difficult, random.normal(centre - 1.2, 0.35, n)))
+
+
+def mixed_labels(n: int, share: float, centre: float = 0.0, seed: int = 0) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Scores of n labels, a share of them wrong: those are mirrored at artanh `centre`."""
+    wrong = np.random.default_rng(seed + 100).random(n) < share
+    score = right_labels(n, centre, seed=seed)
+    return np.where(wrong, np.tanh(2 * centre - np.arctanh(score)), score), wrong
+
+
 def test_clean_data_have_no_suspects() -> None:
     margins = np.random.default_rng(0).beta(8, 2, size=1000)
     assert len(pw.suspects(scores_of(np.ones(1000), margins=margins), np.zeros(1000))) == 0
+    score = right_labels(2000)
+    assert (score > 0).mean() > 0.02  # hard samples that the model contradicts
+    found = pw.suspects(scores_of(np.ones(2000), margins=-score), np.zeros(2000))
+    assert len(found) <= found.estimated_count <= 10
 
 
-def test_the_threshold_lies_where_the_data_split() -> None:
-    random = np.random.default_rng(0)
-    for low, high in ((-0.6, 0.4), (-0.9, 0.2), (-0.2, 0.8)):
-        score = np.concatenate([random.normal(low, 0.05, 900), random.normal(high, 0.05, 100)])
-        assert low + 0.2 < suspect_threshold(score) < high - 0.2
-    assert suspect_threshold(random.normal(-0.8, 0.05, 100)) == 0  # one group, accepted
-    assert suspect_threshold(np.array([-0.9, -0.3])) == 0  # two groups, both accepted
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.4])
+@pytest.mark.parametrize("centre", [0.0, -0.4])
+def test_the_mirror_image_is_found(share: float, centre: float) -> None:
+    score, wrong = mixed_labels(3000, share, centre)
+    split = mirrored_split(score, memorised=centre < 0)
+    best = min(((score > cut) != wrong).sum() for cut in np.linspace(-1, 1, 201))
+    assert ((score > split.cut) != wrong).sum() <= 1.3 * best + 15
+    assert split.count == pytest.approx(wrong.sum(), rel=0.1, abs=20)
+    assert np.arctanh(split.centre) == pytest.approx(centre, abs=0.1)
+
+
+def test_what_was_learned_by_heart_needs_early_contradiction() -> None:
+    """The same scores: the mirror is below 0 only where EL2N saw the contradictions, and the rest was known."""
+    score, wrong = mixed_labels(3000, 0.2, -0.5)
+
+    def found(early_wrong: float, early_right: float, **info: Any) -> pw.Suspects:
+        s = scores_of(np.ones(3000), margins=-score, el2n=np.where(wrong, early_wrong, early_right))
+        return pw.suspects(dataclasses.replace(s, info={**s.info, **info}), np.zeros(3000))
+
+    assert found(1.2, 0.3).estimated_count == pytest.approx(wrong.sum(), rel=0.15)
+    assert found(1.2, 0.3).threshold < -0.1
+    for result in (
+        found(0.8, 0.3),  # hard samples, learned late
+        found(0.95, 0.9),  # the model knew nothing yet
+        found(1.2, 0.3, el2n_window=1001),  # longer than the training: too short to learn anything by heart
+        found(1.2, 0.3, task="multilabel"),
+    ):
+        assert result.threshold > 0
+
+
+def test_scores_that_tell_nothing() -> None:
+    few = scores_of(np.ones(20), margins=np.linspace(-0.5, 0.9, 20))
+    assert pw.suspects(few, np.zeros(20)).threshold == 0  # too few to fit a distribution to
+    same = scores_of(np.ones(50), margins=np.full(50, 0.7))
+    assert len(pw.suspects(same, np.zeros(50))) == 0
+    contradicted = scores_of(np.ones(50), margins=np.linspace(-0.9, -0.5, 50))
+    assert len(pw.suspects(contradicted, np.zeros(50))) == 50
+
+
+def test_the_split_is_the_same_from_any_number_of_scores() -> None:
+    """It is fitted to a histogram: copies of the scores change nothing but the count."""
+    score, _ = mixed_labels(1000, 0.2)
+    once, often = mirrored_split(score, memorised=False), mirrored_split(np.tile(score, 50), memorised=False)
+    assert often.cut == pytest.approx(once.cut, abs=0.05) and often.count == pytest.approx(50 * once.count, rel=0.05)
 
 
 def test_two_groups_against_all_cuts() -> None:
@@ -109,29 +169,36 @@ def test_labels_outside_the_classes() -> None:
         pw.suspects(rec.scores(), [0, 2])
 
 
-def test_flipped_digits_are_found() -> None:
-    """One recorded training of two seconds. The benchmark has the numbers; these are its floors."""
+def train_on_digits(epochs: int, share: float, kind: str = "symmetric") -> tuple[pw.SampleScores, Any, Any]:
+    """Scores of one recorded training on 900 digits, the labels as given, and the true ones."""
     datasets = pytest.importorskip("sklearn.datasets")
-    metrics = pytest.importorskip("sklearn.metrics")
     data, clean = datasets.load_digits(return_X_y=True)
     data, clean = data[:900], clean[:900]
     random = np.random.default_rng(0)
     wrong = np.zeros(900, bool)
-    wrong[random.permutation(900)[:180]] = True
-    noisy = np.where(wrong, (clean + random.integers(1, 10, 900)) % 10, clean)
+    wrong[random.permutation(900)[: round(share * 900)]] = True
+    step = random.integers(1, 10, 900) if kind == "symmetric" else 1
+    noisy = np.where(wrong, (clean + step) % 10, clean)
     x, y = torch.as_tensor(data / 16, dtype=torch.float32), torch.as_tensor(noisy)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     rec = pw.LearnabilityRecorder(900)
-    for _ in range(20):
+    for _ in range(epochs):
         for ids in torch.randperm(900).split(64):
             logits = model(x[ids])
             rec.update(ids, logits, y[ids])
             optimizer.zero_grad()
             nn.functional.cross_entropy(logits, y[ids]).backward()
             optimizer.step()
-    s = rec.scores(noisy)
+    return rec.scores(noisy), noisy, clean
+
+
+def test_flipped_digits_are_found() -> None:
+    """One recorded training of two seconds. The benchmark has the numbers; these are its floors."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    s, noisy, clean = train_on_digits(20, 0.2)
+    wrong = noisy != clean
     found = pw.suspects(s, noisy)
     assert metrics.roc_auc_score(wrong, found.all_scores) > 0.98
     assert metrics.roc_auc_score(wrong, s.difficulty("learnability")) > 0.97
@@ -142,6 +209,33 @@ def test_flipped_digits_are_found() -> None:
     groups = pw.triage(s, noisy)
     assert groups.numbers("suspect").tolist() == sorted(found.number.tolist())
     assert sum(groups.counts().values()) == 900
+
+
+@pytest.mark.parametrize("epochs", [5, 15, 60])
+def test_right_digits_are_left_alone(epochs: int) -> None:
+    s, labels, _ = train_on_digits(epochs, 0)
+    found = pw.suspects(s, labels)
+    assert len(found) <= 18 and found.estimated_count <= 27  # 2 and 3 %
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "kind", "precision", "recall"),
+    [
+        (6, 0.2, "symmetric", 0.8, 0.9),
+        (8, 0.2, "asymmetric", 0.65, 0.75),
+        (60, 0.2, "asymmetric", 0.8, 0.8),
+        (10, 0.4, "symmetric", 0.85, 0.9),
+    ],
+)
+def test_flips_are_found_in_short_and_long_trainings(
+    epochs: int, share: float, kind: str, precision: float, recall: float
+) -> None:
+    s, noisy, clean = train_on_digits(epochs, share, kind)
+    wrong = noisy != clean
+    found = pw.suspects(s, noisy)
+    hits = wrong[found.number].sum()
+    assert hits / len(found) > precision and hits / wrong.sum() > recall
+    assert found.estimated_count == pytest.approx(wrong.sum(), rel=0.3)
 
 
 # -- triage and subsets -------------------------------------------------------------------------------------------
