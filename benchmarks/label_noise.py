@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import records
 import torch
-from bench import circumstances, one_thread, table
+from bench import RESULTS, circumstances, one_thread, table
 from sample_tasks import CLASSES, HUMAN, TASKS, Task, flipped, human_labels, load_task
 from sample_training import DEFAULTS, Recipe, probabilities, test_accuracy, train
 from torch import Tensor
@@ -273,13 +273,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/label_noise"), help="label_noise.jsonl (%(default)s)")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
     parser.add_argument("--results", type=Path, nargs="+", help="for --table: these files instead")
+    parser.add_argument("--save", metavar="NAME", help="for --table: also into results/NAME.jsonl and .md")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     if args.table:
-        print(summary(records.read(args.results or [args.out / "label_noise.jsonl"])))
+        found = records.read(args.results or [args.out / "label_noise.jsonl"])
+        print(summary(found))
+        if args.save:
+            records.save(RESULTS / args.save, found, summary(found), without=("flags",))
         return
     one_thread("cpu", 1)
     task = load_task(args.task, args.data, args.train_subset)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-_PATHS = ("--data", "--weights", "--out", "--results", "--work")  # options that name places on this machine
+_PATHS = ("--data", "--weights", "--out", "--results", "--work", "--human")  # options that name places on this machine
 
 
 def append(path: Path, record: Record) -> None:
@@ -63,3 +63,12 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
     for record in records:
         result.setdefault(key(record), []).append(record)
     return result
+
+
+def save(base: Path, found: Iterable[Record], text: str, without: Iterable[str] = ()) -> None:
+    """`base`.jsonl, one record a line but for the fields `without`, and `base`.md, the table."""
+    dropped = set(without)
+    lines = [json.dumps({k: v for k, v in record.items() if k not in dropped}) for record in found]
+    base.parent.mkdir(exist_ok=True)
+    base.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
+    base.with_suffix(".md").write_text(text + "\n")

@@ -38,7 +38,8 @@ def mirrored_split(score: Floats, *, memorised: bool) -> Split:
         density(x) = (1 − π) g(x) + π g(2c − x),   g: two normal distributions, for easy and for hard samples
 
     fitted by expectation-maximisation to a histogram, so that the time does not depend on the number of scores. The group g is
-    the same on both sides: a tail of hard samples is no second group. No component of g lies above c; π is at most a half.
+    the same on both sides: a tail of hard samples is no second group. Both normal distributions lie at least one standard
+    deviation below c (even of the hard samples, the model accepts five in six); π is at most a half.
 
     Args:
         score: at least `FEWEST` of them, finite.
@@ -101,7 +102,7 @@ def _fit(x: Floats, weight: Floats, centre: float, share: float, free: bool) -> 
         if free and (mass := float((image * precision).sum())) > 1e-9:
             centre = min(0.0, float((image * precision * (x + mu[:, None])).sum()) / mass / 2)
             mirrored = 2 * centre - x
-        mu = np.minimum((own @ x + image @ mirrored) / size, centre)
+        mu = np.minimum((own @ x + image @ mirrored) / size, centre - sigma)
         squares = (own * (x - mu[:, None]) ** 2).sum(1) + (image * (mirrored - mu[:, None]) ** 2).sum(1)
         sigma = np.maximum(np.sqrt(squares / size), _NARROWEST)
     return likelihood, centre, wrong
