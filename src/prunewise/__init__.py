@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from prunewise.layers.allocate import allocate
     from prunewise.layers.compactness import compactness
     from prunewise.layers.profile import Compactness
+    from prunewise.layers.semi_structured import to_semi_structured_
     from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
     from prunewise.recipes import CompressReport, CompressResult, allocate_channels, compress
     from prunewise.samples.agreement import Agreement, agreement
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from prunewise.samples.selector import SampleSelector
     from prunewise.samples.suspecting import Suspects, suspects
     from prunewise.samples.tracking import track
+    from prunewise.sparse_io import SparseSize, load_sparse, save_sparse, sparse_size
 
 __version__ = "0.1.0"
 
@@ -77,6 +79,7 @@ __all__ = [
     "SampleScores",
     "SampleSelector",
     "SharedParameterError",
+    "SparseSize",
     "SparsityError",
     "SparsityPlan",
     "Suspects",
@@ -95,6 +98,7 @@ __all__ = [
     "compactness",
     "compress",
     "load_pruned",
+    "load_sparse",
     "make_permanent_",
     "measure",
     "migrate_optimizer",
@@ -103,9 +107,12 @@ __all__ = [
     "plot_data_map",
     "plot_histogram",
     "save_pruned",
+    "save_sparse",
     "select_subset",
+    "sparse_size",
     "sparsify_",
     "suspects",
+    "to_semi_structured_",
     "track",
     "triage",
 ]
@@ -123,6 +130,7 @@ _HOMES = {
     "core.sparsity": ("SparsityPlan",),
     "core.surgery": ("apply_plan",),
     "io": ("load_pruned", "save_pruned"),
+    "sparse_io": ("SparseSize", "load_sparse", "save_sparse", "sparse_size"),
     "samples.agreement": ("Agreement", "agreement"),
     "samples.pictures": ("plot_agreement", "plot_data_map", "plot_histogram"),
     "samples.recorder": ("LearnabilityRecorder",),
@@ -135,6 +143,7 @@ _HOMES = {
     "layers.allocate": ("allocate",),
     "layers.compactness": ("compactness",),
     "layers.profile": ("Compactness",),
+    "layers.semi_structured": ("to_semi_structured_",),
     "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
     "recipes": ("CompressReport", "CompressResult", "allocate_channels", "compress"),
 }

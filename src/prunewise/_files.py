@@ -64,7 +64,12 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def stage_tensors(directory: Path, tensors: Mapping[str, Tensor], name: Callable[[str], str]) -> tuple[Path, str]:
+def stage_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    name: Callable[[str], str],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[Path, str]:
     """Write `tensors` as a safetensors file whose name, `name(hash)`, is its own until somebody renames it.
 
     Returns:
@@ -83,7 +88,7 @@ def stage_tensors(directory: Path, tensors: Mapping[str, Tensor], name: Callable
     try:
         # contiguous() gives back views of larger storages as they are, which safetensors refuses
         whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in plain.items()}
-        save_file(_separate(whole), str(temporary), metadata={"format": "pt"})
+        save_file(_separate(whole), str(temporary), metadata={"format": "pt", **(metadata or {})})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -192,7 +197,7 @@ class Entry:
 class TensorFile:
     """A safetensors file whose header was read and found sound: sizes, offsets and the file's length agree.
 
-    `read` gives the tensors; memory is taken for no more than the file holds.
+    `read` gives the tensors; memory is taken for no more than the file holds. `metadata` are strings, not checked further.
     """
 
     def __init__(self, file: BinaryIO, what: str) -> None:
@@ -218,8 +223,9 @@ class TensorFile:
 
     def _checked(self, header: dict[str, Any], length: int) -> dict[str, Entry]:
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise self._error("its metadata are no JSON object")
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._error("its metadata are no JSON object of strings")
+        self.metadata: dict[str, str] = metadata
         entries = {}
         for name, value in header.items():
             match value:
@@ -245,11 +251,11 @@ class TensorFile:
             raise self._error(f"{length - at:,} bytes belong to no tensor")
         return entries
 
-    def read(self, sha256: str) -> dict[str, Tensor]:
+    def read(self, sha256: str | None) -> dict[str, Tensor]:
         """All tensors, on the CPU, contiguous.
 
         Raises:
-            CheckpointError: the whole file's hash is not `sha256`, or a truth value is neither 0 nor 1.
+            CheckpointError: the whole file's hash is not `sha256` (where one is given), or a truth value is neither 0 nor 1.
         """
         tensors = {}
         for name, entry in sorted(self.entries.items(), key=lambda e: (e[1].start, e[1].size_bytes)):
@@ -269,7 +275,7 @@ class TensorFile:
                 if entry.dtype == torch.bool and int(raw.max()) > 1:
                     raise self._error(f"tensor {name[:80]!r} holds truth values other than 0 and 1")
             tensors[name] = tensor
-        if self._file.read(1) or self._digest.hexdigest() != sha256:
+        if self._file.read(1) or sha256 not in (None, self._digest.hexdigest()):
             raise CheckpointError(
                 f"{self._what} is not the file that was saved (its SHA-256 differs from the one recorded): it was changed, "
                 "or mixed up with another one. Save the model again, or copy both files again"
