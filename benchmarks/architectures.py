@@ -46,7 +46,8 @@ def run(task: Task, recipe: Recipe, seed: int, folder: Path) -> None:
     if done.exists():
         return
     recorder = {mode: pw.LearnabilityRecorder(len(task), mode=mode) for mode in MODES}
-    loader = DataLoader(pw.track(TensorDataset(task.images, torch.as_tensor(task.labels))), batch_size=500)
+    labels = torch.as_tensor(task.labels, device=task.images.device)
+    loader = DataLoader(pw.track(TensorDataset(task.images, labels)), batch_size=500)
 
     def clean_pass(model: nn.Module) -> None:
         recorder["clean"].clean_pass(model, loader)
@@ -116,11 +117,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/architectures"), help="score tables (%(default)s)")
     parser.add_argument("--name", default="architectures", help="of the results")
     args = parser.parse_args()
-    one_thread("cpu", 1)
-    task = load_task("cifar10", args.data, args.train_subset)
+    one_thread(args.device, 1)
+    task = load_task("cifar10", args.data, args.train_subset).to(args.device)
     wanted = [
         (Recipe(model, args.epochs, args.lr, args.batch_size), int(seed))
         for seed in args.seeds.split(",")

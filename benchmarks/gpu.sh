@@ -8,6 +8,10 @@
 #   benchmarks/gpu.sh peers         the other methods on ResNet-56, all seeds
 #   benchmarks/gpu.sh resnet20      every method on ResNet-20, all seeds
 #   benchmarks/gpu.sh step-time     time of a training step gated / plain, eager and compiled
+#   benchmarks/gpu.sh recording     what recording samples adds to a step
+#   benchmarks/gpu.sh learnability  three architectures, three seeds: which samples are hard
+#   benchmarks/gpu.sh dense         the networks that `layers` starts from (Fashion-MNIST's idx.gz files lie beside CIFAR-10)
+#   benchmarks/gpu.sh layers        sparsity by layer: every allocator, method and total, with fine-tuning
 #   benchmarks/gpu.sh analysis      time and memory of tracing and planning
 #   benchmarks/gpu.sh table         the table so far
 #   benchmarks/gpu.sh state         pack the checkpoints of unfinished runs, to go on elsewhere (give them back with `data`)
@@ -50,6 +54,7 @@ take() { # FOLDER
   local bins="$WORK/data/cifar-10-batches-bin"
   mkdir -p "$bins"
   find "$WORK/parts" -name '*_batch*.bin' -exec mv {} "$bins/" \;
+  find "$WORK/parts" -name '*-ubyte.gz' -exec mv {} "$WORK/data/" \;
   if [ -n "$UNPACK" ]; then (cd "$WORK/parts" && bash -c "$UNPACK"); fi
   local missing=()
   for name in "${FILES[@]}"; do [ -f "$bins/$name.bin" ] || missing+=("$name"); done
@@ -74,6 +79,17 @@ cifar() { # options: one run of cifar.py with the shared ones, within what is le
     --work "$WORK/checkpoints" --sweep-epochs "$SWEEP_EPOCHS" --time-limit $((left - 15)) $FLAGS ${COMPILE:+--compile} "$@" >>"$LOG" 2>&1
 }
 export -f cifar
+
+left() { # SCRIPT OPTIONS: one line of further options a run, on stdin; JOBS at a time, until the step's time is over
+  local status=0
+  xargs -P "$JOBS" -d '\n' -I{} timeout -s INT $((DEADLINE - $(date +%s) - 15)) \
+    bash -c "OMP_NUM_THREADS=1 $PYTHON benchmarks/$1 $2 {} >>'$LOG' 2>&1" || status=$?
+  if [ "$status" -ne 0 ]; then
+    tail -n 20 "$LOG"
+    echo "not finished, or failed: see above; call the step again to go on"
+    exit 75
+  fi
+}
 
 together() { # one line of options a run, on stdin; JOBS at a time
   local status=0
@@ -118,6 +134,32 @@ step-time)
     "$PYTHON" benchmarks/step_time.py --model resnet56 $mode --name "step_time_gpu${mode:+_compiled}" 2>&1 | tee -a "$LOG"
   done
   cp benchmarks/results/step_time_gpu* "$OUT/"
+  ;;
+recording)
+  "$PYTHON" benchmarks/recording.py 2>&1 | tee -a "$LOG"
+  cp benchmarks/results/recording_gpu* "$OUT/"
+  ;;
+learnability)
+  # A run that is cut off begins anew; those that are done are not made again.
+  for seed in $SEEDS; do
+    for model in resnet20 vgg16 mobilenet; do echo "--models $model --seeds $seed --name architectures_$model$seed"; done
+  done | left architectures.py "--data $WORK/data/cifar-10-batches-bin --epochs $EPOCHS --batch-size 128 --out $WORK/learnability"
+  "$PYTHON" benchmarks/architectures.py --data "$WORK/data/cifar-10-batches-bin" --epochs "$EPOCHS" --batch-size 128 \
+    --models resnet20,vgg16,mobilenet --seeds "${SEEDS// /,}" --out "$WORK/learnability" --name architectures_gpu
+  cp benchmarks/results/architectures_gpu* "$OUT/"
+  ;;
+dense)
+  printf '%s\n' "--dataset cifar10 --model vgg16 --epochs $EPOCHS" "--dataset fashion_mnist --model vgg16 --epochs $EPOCHS" \
+    "--dataset fashion_mnist --model resnet56 --epochs $EPOCHS" |
+    left dense.py "--data $WORK/data --out $WORK/dense --bf16 --time-limit $((LIMIT - 40))"
+  cp "$WORK"/dense/dense.jsonl "$OUT/"
+  ;;
+layers)
+  cp -n "$WORK"/data/*.safetensors "$WORK/dense/" 2>/dev/null || true
+  for dataset in cifar10 fashion_mnist; do
+    for model in resnet56 vgg16; do echo "--dataset $dataset --model $model"; done
+  done | left layers.py "--data $WORK/data --weights $WORK/dense --out $WORK/layers --recover none,norm,tune --bf16 --time-limit $((LIMIT - 40))"
+  cp "$WORK"/layers/*.jsonl "$OUT/"
   ;;
 analysis)
   "$PYTHON" benchmarks/analysis.py 2>&1 | tee -a "$LOG"

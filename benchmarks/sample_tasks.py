@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: str) -> Task:
+        """The same with its images on a device; they are trained on there."""
+        return replace(self, images=self.images.to(device), test_images=self.test_images.to(device))
 
 
 def load_task(name: str, data: Path | None = None, subset: int | None = None, test_subset: int | None = None) -> Task:

@@ -89,18 +89,19 @@ def train(
 ) -> nn.Module:  # fmt: skip
     """A model trained on the samples `kept` (default: all); batches and augmentation depend on the seed alone.
 
-    The number of epochs is the recipe's, so that with fewer samples there are fewer steps.
+    It is trained where the images are. The number of epochs is the recipe's, so that with fewer samples there are fewer steps.
     """
     torch.manual_seed(seed)
-    model = build_model(recipe.model, task.images).train()
+    device = task.images.device
+    model = build_model(recipe.model, task.images).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=5e-4)
-    given = torch.as_tensor(labels)
+    given = torch.as_tensor(labels, device=device)
     numbers = torch.arange(len(task)) if kept is None else torch.as_tensor(kept)
     steps = recipe.epochs * math.ceil(len(numbers) / recipe.batch_size)
     step = 0
     draw = torch.Generator().manual_seed(seed + 7)
     for _ in range(recipe.epochs):
-        for ids in numbers[torch.randperm(len(numbers), generator=draw)].split(recipe.batch_size):
+        for ids in numbers[torch.randperm(len(numbers), generator=draw)].to(device).split(recipe.batch_size):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             step += 1
@@ -125,8 +126,9 @@ def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
     corner = torch.randint(0, 9, (size, 2), generator=draw)
     rows, columns = corner[:, :1] + torch.arange(height), corner[:, 1:] + torch.arange(width)
     flip = torch.rand(size, 1, generator=draw) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    cut = padded[torch.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    columns = torch.where(flip, columns.flip(1), columns).to(images.device)
+    number = torch.arange(size, device=images.device)
+    cut = padded[number[:, None, None], rows.to(images.device)[:, :, None], columns[:, None, :]]
     return cut.permute(0, 3, 1, 2).contiguous()
 
 
@@ -137,7 +139,7 @@ def probabilities(model: nn.Module, images: Tensor) -> np.ndarray:
     model.eval()
     found = torch.cat([model(part).softmax(1) for part in images.split(500)])
     model.train(training)
-    return found.double().numpy()
+    return found.double().cpu().numpy()
 
 
 def test_accuracy(model: nn.Module, task: Task) -> float:
