@@ -123,11 +123,14 @@ def _named(scores: SampleScores, otherwise: str) -> str:
     return otherwise if model is None else f"{model}" if seed is None else f"{model}, seed {seed}"
 
 
-def _axes(axes: Any) -> Any:
-    if axes is not None:
-        return axes
+def new_figure(**settings: Any) -> Any:
+    """An empty matplotlib Figure; `PrunewiseError` where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PrunewiseError("pictures need matplotlib: pip install 'prunewise[plot]'") from error
-    return Figure(layout="constrained").subplots()  # no pyplot: nothing is shown or kept behind the user's back
+    return Figure(layout="constrained", **settings)  # no pyplot: nothing is shown or kept behind the user's back
+
+
+def _axes(axes: Any) -> Any:
+    return new_figure().subplots() if axes is None else axes
