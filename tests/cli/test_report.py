@@ -1,4 +1,4 @@
-"""`prunewise samples`: the numbers are those of the library, for people and for machines."""
+"""`prunewise report`: the numbers are those of the library, for people and for machines."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def project(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("targets", ["labels.npy", "my_labels:labels"])
 def test_as_json_and_in_a_file(project, capsys, targets):
-    arguments = ["samples", "scores.parquet", "--targets", targets, "--suspects", "2"]
+    arguments = ["report", "scores.parquet", "--targets", targets, "--suspects", "2"]
     assert main([*arguments, "--json", "--out", "deep/result.json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -49,7 +49,7 @@ def test_as_json_and_in_a_file(project, capsys, targets):
 
 
 def test_as_text(project, capsys):
-    assert main(["samples", "scores.parquet", "--targets", "labels.npy"]) == 0
+    assert main(["report", "scores.parquet", "--targets", "labels.npy"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"scores.parquet: {N} samples" and lines[2].endswith("#" * 40)
     assert [int(line.split()[3]) for line in lines[2:12]] == np.histogram(SHARE, 10, (0, 1))[0].tolist()
@@ -63,10 +63,10 @@ def test_as_text(project, capsys):
 
 
 def test_without_labels_the_suspects_are_the_same(project, capsys):
-    assert main(["samples", "scores.parquet", "--json"]) == 0
+    assert main(["report", "scores.parquet", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["suspects"]
     assert [(s["sample_id"], s["label"]) for s in found["first"]] == [(2, None), (1, None), (0, None)]
-    assert main(["samples", "scores.parquet", "--suspects", "0"]) == 0
+    assert main(["report", "scores.parquet", "--suspects", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 suspects")
 
 
@@ -74,7 +74,7 @@ def test_hostile_ids_and_labels_stay_in_their_cells(project, capsys):
     ids = np.array([f"\x1b[2J\n{i}" for i in range(N)])
     scores_of(SHARE, margins=MARGINS, sample_id=ids).to_parquet("hostile.parquet")
     np.save("names.npy", ids)
-    assert main(["samples", "hostile.parquet", "--targets", "names.npy"]) == 0
+    assert main(["report", "hostile.parquet", "--targets", "names.npy"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and out.splitlines()[-1].count("\\x1b[2J\\n0") == 2
 
@@ -82,10 +82,10 @@ def test_hostile_ids_and_labels_stay_in_their_cells(project, capsys):
 def test_scores_of_nothing_observed(project, capsys):
     zeros = np.zeros(N, int)
     scores_of(SHARE, observations=zeros, hits=zeros).to_parquet("empty.parquet")
-    assert main(["samples", "empty.parquet"]) == 0
+    assert main(["report", "empty.parquet"]) == 0
     out = capsys.readouterr().out
     assert f"0 samples observed of {N}" in out and "0 suspects" in out
-    assert main(["samples", "empty.parquet", "--json"]) == 0
+    assert main(["report", "empty.parquet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mean_learnability"] is None
 
 
@@ -100,7 +100,7 @@ def test_damaged_files_and_other_labels_exit_1(project, tmp_path, capsys):
         (["."], "is missing"),
         (["scores.parquet", "--targets", "my_labels:wrong"], "not the labels that the scores were recorded with"),
     ]:
-        assert main(["samples", *arguments]) == 1
+        assert main(["report", *arguments]) == 1
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err and captured.err.startswith("prunewise: error: ")
 
@@ -117,6 +117,6 @@ def test_bad_usage_exits_2(project, tmp_path, capsys):
         (["scores.parquet", "--targets", "many.npy"], "archive of several arrays"),
         (["scores.parquet", "--targets", "labels"], "expected MODULE:FACTORY"),
     ]:
-        assert main(["samples", *arguments]) == 2
+        assert main(["report", *arguments]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err

@@ -1,4 +1,4 @@
-"""`prunewise samples`: what the saved scores of a training say of its samples."""
+"""`prunewise report`: what the saved scores of a training say of its samples."""
 
 from __future__ import annotations
 
