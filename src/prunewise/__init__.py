@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from prunewise.layers.sparsify import attach_masks_, make_permanent_, sparsify_
     from prunewise.recipes import CompressReport, CompressResult, allocate_channels, compress
     from prunewise.samples.agreement import Agreement, agreement
-    from prunewise.samples.pictures import plot_agreement, plot_data_map, plot_histogram
+    from prunewise.samples.galleries import Gallery, gallery
+    from prunewise.samples.pictures import plot_agreement, plot_cohorts, plot_data_map, plot_histogram
     from prunewise.samples.recorder import LearnabilityRecorder
     from prunewise.samples.sampling import CurriculumSampler, InfoBatchSampler, WeightedSampler
     from prunewise.samples.scores import SampleScores
@@ -68,6 +69,7 @@ __all__ = [
     "Cost",
     "CurriculumSampler",
     "DataError",
+    "Gallery",
     "GateSession",
     "InfoBatchSampler",
     "LearnabilityRecorder",
@@ -97,6 +99,7 @@ __all__ = [
     "channel_groups",
     "compactness",
     "compress",
+    "gallery",
     "load_pruned",
     "load_sparse",
     "make_permanent_",
@@ -104,6 +107,7 @@ __all__ = [
     "migrate_optimizer",
     "plan_channels",
     "plot_agreement",
+    "plot_cohorts",
     "plot_data_map",
     "plot_histogram",
     "save_pruned",
@@ -132,7 +136,8 @@ _HOMES = {
     "io": ("load_pruned", "save_pruned"),
     "sparse_io": ("SparseSize", "load_sparse", "save_sparse", "sparse_size"),
     "samples.agreement": ("Agreement", "agreement"),
-    "samples.pictures": ("plot_agreement", "plot_data_map", "plot_histogram"),
+    "samples.galleries": ("Gallery", "gallery"),
+    "samples.pictures": ("plot_agreement", "plot_cohorts", "plot_data_map", "plot_histogram"),
     "samples.recorder": ("LearnabilityRecorder",),
     "samples.sampling": ("CurriculumSampler", "InfoBatchSampler", "WeightedSampler"),
     "samples.scores": ("SampleScores",),

@@ -162,6 +162,12 @@ def test_bad_input(make: Any, message: str) -> None:
         make(scores_of(np.ones(3), labels=[0, 0, 0]))
 
 
+def test_scores_that_no_recorder_gives() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(pw.DataError, match="1 observed samples have no finite aum_softmax"):
+            pw.suspects(scores_of(np.ones(3), margins=[0.5, bad, 0.5]), [0, 0, 0])
+
+
 def test_labels_outside_the_classes() -> None:
     rec = pw.LearnabilityRecorder(2)
     rec.update(torch.arange(2), torch.eye(2), torch.arange(2))

@@ -25,6 +25,7 @@ from torch.utils.data import (
 import prunewise as pw
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.tracking import TrackedIterable
+from tests.samples.test_suspects import scores_of
 
 N = 23
 VALUES = torch.arange(N) * 10  # the content tells which sample it is
@@ -182,6 +183,73 @@ def test_hugging_face_rows() -> None:
     assert rows.rows_read == 0  # batches come whole
     for batch in batches:
         assert batch["sample_id"].tolist() == batch["x"].tolist()
+
+
+class Formatted(Columns):
+    """The same with `set_format`, as Hugging Face has it: rows and columns as tensors, and of the chosen columns only."""
+
+    def __init__(self, chosen: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def set_format(self, kind: str | None, columns: list[str] | None = None) -> None:
+        self.chosen = tuple(columns or self.column_names) if kind else None
+
+    def with_format(self, kind: str | None) -> Formatted:
+        return Formatted(self.column_names if kind else None)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            if self.chosen is not None and key not in self.chosen:
+                raise KeyError(key)
+            return [row[key] for row in self.__getitems__(list(range(len(self))))]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[Any]:
+        rows = [{"uid": f"u{k}", "x": k} for k in keys]
+        if self.chosen is None:
+            return rows
+        return [{c: torch.tensor(r[c]) if c == "x" else r[c] for c in self.chosen} for r in rows]
+
+
+def hugging_face() -> Any:
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"uid": [f"u{i}" for i in range(5)], "x": list(range(5))})
+
+
+@pytest.mark.parametrize("make", [Formatted, hugging_face], ids=["stand-in", "datasets"])
+@pytest.mark.parametrize("columns", [None, ["x"], ["uid", "x"]])
+def test_hugging_face_formats(make: Any, columns: list[str] | None) -> None:
+    """Rows are tensors, perhaps without the column that identifies them: the ids are known all the same."""
+    rows = make()
+    rows.set_format("torch", columns=columns)
+    tracked = pw.track(rows, id_field="uid")
+    assert list(tracked.index) == [f"u{i}" for i in range(5)]
+    one = tracked[3]
+    assert set(one) == {*(columns or ("uid", "x")), "sample_id"}
+    assert isinstance(one["x"], torch.Tensor) and (int(one["x"]), one["sample_id"]) == (3, 3)
+    for workers in (0, 1):
+        seen = []
+        for batch in DataLoader(tracked, batch_size=2, shuffle=True, num_workers=workers):
+            assert batch["sample_id"].dtype == torch.int64 and torch.equal(batch["sample_id"], batch["x"])
+            seen += batch["sample_id"].tolist()
+        assert sorted(seen) == list(range(5))
+    rows.set_format(None)
+    assert pw.track(rows)[4] == {"uid": "u4", "x": 4, "sample_id": 4}
+    assert list(pw.track(rows, id_field="x").index) == list(range(5))
+
+
+def test_hugging_face_shuffled_selected_and_streamed() -> None:
+    rows = hugging_face()
+    assert list(pw.track(rows.shuffle(seed=0).select([2, 0]), id_field="uid").index) == [
+        rows.shuffle(seed=0)[2]["uid"],
+        rows.shuffle(seed=0)[0]["uid"],
+    ]
+    streamed = pw.track(rows.to_iterable_dataset(), id_field="uid", ids=rows["uid"])
+    assert [(row["uid"], row["sample_id"]) for row in streamed] == [(f"u{i}", i) for i in range(5)]
+    scores = scores_of(np.linspace(1, 0, 5), sample_id=np.array(rows["uid"]))
+    shown = pw.gallery(scores, pw.track(rows.shuffle(seed=0), id_field="uid"), count=2, content="uid")
+    assert [e.content for e in shown.exhibits] == ["u4", "u3"]
 
 
 def test_a_mapping_by_its_keys() -> None:

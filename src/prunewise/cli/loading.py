@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,19 @@ def load_data(spec: str) -> tuple[Any, Any]:
     if len(data) != 2:
         raise UsageError(f"--data {spec}: returned {len(data)} things, expected a loader or a pair of them")
     return data
+
+
+def load_targets(spec: str) -> Any:
+    """The labels of a .npy file, or those that the factory `spec` returns."""
+    if not spec.endswith(".npy"):
+        return load_factory(spec, "--targets")()
+    try:
+        labels = np.load(spec, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--targets {spec}: cannot be read as an array: {error}") from None
+    if not isinstance(labels, np.ndarray):  # numpy goes by what is inside, not by the name
+        raise UsageError(f"--targets {spec}: an archive of several arrays, expected one array")
+    return labels
 
 
 def example_inputs(model: nn.Module, shapes: list[str] | None, loader: Any) -> Any:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from prunewise.cli import allocate, cost, demo, list_, prune
+from prunewise.cli import allocate, cost, demo, list_, prune, report
 from prunewise.cli.config import config_arguments
 from prunewise.cli.options import UsageError, add_common_options
 from prunewise.cli.output import print_error, print_line
@@ -31,7 +31,14 @@ class Verb(Protocol):
         """Do the work; raise `UsageError` or `PrunewiseError` where it cannot be done."""
 
 
-VERBS: dict[str, Verb] = {"demo": demo, "cost": cost, "list": list_, "prune": prune, "allocate": allocate}
+VERBS: dict[str, Verb] = {
+    "demo": demo,
+    "cost": cost,
+    "list": list_,
+    "prune": prune,
+    "allocate": allocate,
+    "report": report,
+}
 
 
 def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -13,7 +13,7 @@ from prunewise.core.errors import DataError
 from prunewise.core.untouched import evaluating
 from prunewise.samples.tracking import FIELD
 
-_LABELS = ("labels", "targets", "label", "target")
+LABELS = ("labels", "targets", "label", "target")
 
 
 class _Records(Protocol):
@@ -41,7 +41,7 @@ def record_pass(
 
 def _forward(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
     if isinstance(batch, Mapping) and FIELD in batch:
-        label = next((name for name in _LABELS if name in batch), None)
+        label = next((name for name in LABELS if name in batch), None)
         if label is not None:
             output = model(**{k: v for k, v in batch.items() if k not in (FIELD, label)})
             return batch[FIELD], _logits(output), batch[label]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from prunewise.core.errors import DataError, PrunewiseError
 from prunewise.samples.agreement import agreement
+from prunewise.samples.cohorts import cohort_curves
+from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores
+from prunewise.samples.selection import Triage
 
 
 def plot_data_map(scores: SampleScores, *, axes: Any = None, max_points: int = 20_000, seed: int = 0) -> Any:
@@ -80,16 +84,53 @@ def plot_agreement(a: SampleScores, b: SampleScores, *, by: str = "learnability"
     return axes
 
 
+def plot_cohorts(
+    recorder: LearnabilityRecorder,
+    cohorts: int | Triage | Mapping[str, Iterable[Any]] = 4,
+    *,
+    by: str = "learnability",
+    axes: Any = None,
+) -> Any:
+    """Learning curves of cohorts: the share of hits over the observations (epochs, where each has a sample once).
+
+    `prunewise.samples.cohorts.cohort_curves` gives the numbers. Quantile groups of learnability are made of the same hits as their
+    curves: that the lines lie apart says nothing, when they rise does.
+
+    Args:
+        recorder: made with `trace=`, the number of observations to keep of each sample (a bit each).
+        cohorts: how many quantile groups of the score `by`; or a `Triage`; or the sample ids of each cohort by name.
+        by: a score, for quantile groups.
+        axes: where to draw; default: a new figure.
+
+    Raises:
+        DataError: the recorder has no trace or no observation; ids that it does not know; a triage of other samples.
+
+    Example:
+        plot_cohorts(recorder, pw.triage(recorder.scores(), labels)).figure.savefig("cohorts.png")
+    """
+    curves = cohort_curves(recorder, cohorts, by=by)
+    axes = _axes(axes)
+    lines = [axes.plot(np.arange(1, len(share) + 1), share, marker=".")[0] for _, _, share in curves]
+    legend = axes.legend(lines, [f"{name} ({samples:,})" for name, samples, _ in curves], fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name is no formula, whatever it holds
+    axes.set(xlabel="observation", ylabel="share of hits", ylim=(-0.02, 1.02))
+    return axes
+
+
 def _named(scores: SampleScores, otherwise: str) -> str:
     model, seed = scores.info.get("model"), scores.info.get("seed")
     return otherwise if model is None else f"{model}" if seed is None else f"{model}, seed {seed}"
 
 
-def _axes(axes: Any) -> Any:
-    if axes is not None:
-        return axes
+def new_figure(**settings: Any) -> Any:
+    """An empty matplotlib Figure; `PrunewiseError` where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PrunewiseError("pictures need matplotlib: pip install 'prunewise[plot]'") from error
-    return Figure(layout="constrained").subplots()  # no pyplot: nothing is shown or kept behind the user's back
+    return Figure(layout="constrained", **settings)  # no pyplot: nothing is shown or kept behind the user's back
+
+
+def _axes(axes: Any) -> Any:
+    return new_figure().subplots() if axes is None else axes

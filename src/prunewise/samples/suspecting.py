@@ -85,7 +85,8 @@ def suspects(
         limit: at most so many, the worst ones; the estimated count is not limited.
 
     Raises:
-        DataError: labels of another data set, or outside the classes; a setting out of range.
+        DataError: labels of another data set, or outside the classes; a setting out of range; observed samples without a
+            finite margin, which no recorder gives.
 
     Example:
         >>> import torch
@@ -119,6 +120,9 @@ def suspects(
         raise DataError(f"threshold={threshold!r} should be a score in [-1, 1]")
     score = -scores.aum_softmax
     seen = np.flatnonzero(scores.observations > 0)
+    broken = int((~np.isfinite(score[seen])).sum())
+    if broken:
+        raise DataError(f"{broken:,} observed samples have no finite aum_softmax: the scores are damaged, record again")
     if threshold is None:
         split = suspect_split(scores)
         cut, count = split.cut, round(split.count)

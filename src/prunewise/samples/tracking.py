@@ -252,7 +252,9 @@ def _index(ids: Sequence[Any] | SampleIndex | None) -> SampleIndex | None:
 def _field_of_all(dataset: Any, name: str) -> list[Any]:
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, (list, tuple)) and name in columns:
-        return list(dataset[name])  # Hugging Face: a column, without decoding the rows
+        # Hugging Face: a column, without decoding the rows, and without a format, which may leave the column out
+        plain = dataset.with_format(None) if callable(getattr(dataset, "with_format", None)) else dataset
+        return list(plain[name])
     return [field_of(dataset[i], name) for i in range(len(dataset))]
 
 
