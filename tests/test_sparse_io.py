@@ -161,6 +161,14 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         pw.save_sparse(tmp_path / "a" / "m", factory())
     with pytest.raises(pw.CheckpointError, match="meta device"):
         pw.save_sparse(tmp_path / "x", factory().to("meta"))
+    with pytest.raises(pw.CheckpointError, match="a mask on '0.weight': it should build the dense one"):
+        pw.load_sparse(tmp_path / "m", lambda: sparse(0.9))
+    sparse_tensor = nn.Linear(4, 4)
+    sparse_tensor.weight = nn.Parameter(torch.eye(4).to_sparse_csr())
+    with pytest.raises(pw.CheckpointError, match="'weight' is in the layout torch.sparse_csr"):
+        pw.save_sparse(tmp_path / "x", sparse_tensor)
+    (tmp_path / ".m.0123.tmp").touch()  # of a process that was killed
+    pw.save_sparse(tmp_path / "m", factory())
     save_file({"a": torch.zeros(2)}, tmp_path / "plain")
     with pytest.raises(pw.CheckpointError, match="lack the section"):
         pw.load_sparse(tmp_path / "plain", factory)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from prunewise._files import TensorFile, opened, parse_json, stage_tensors
+from prunewise._files import TensorFile, opened, parse_json, stage_tensors, sweep
 from prunewise.core.errors import CheckpointError
 
 _FORMAT = "prunewise-sparse-1"
@@ -103,7 +103,7 @@ def sparse_size(model: nn.Module) -> SparseSize:
 
 
 def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
-    """Write parameters and buffers of a sparse model to one file, each tensor in its smallest form; the model stays as it is.
+    """Write the `state_dict` of a sparse model to one file, each tensor in its smallest form; the model stays as it is.
 
     A removed weight is read back as +0.0, everything else bit for bit. The file has the names of the model without masks; which
     weights had a mask in force is kept as well. An older file is replaced at one stroke.
@@ -116,7 +116,7 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         What each tensor takes.
 
     Raises:
-        CheckpointError: a tensor is on the meta device or of a kind that safetensors cannot hold, or the folder is missing.
+        CheckpointError: a tensor is of a kind that safetensors cannot hold (on the meta device, say), or the folder is missing.
 
     Example:
         >>> import tempfile
@@ -140,6 +140,7 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         stored.append(_stored(held, form, parts))
         described.append({"names": held.names, "shape": list(held.value.shape), "form": form, "masked": held.masked})
     metadata = {"prunewise": json.dumps({"format": _FORMAT, "tensors": described})}
+    sweep(target.parent, f".{target.name}.*.tmp")
     staged, _ = stage_tensors(target.parent, tensors, lambda digest: f".{target.name}.{digest[:16]}.tmp", metadata)
     try:
         os.replace(staged, target)
@@ -215,8 +216,13 @@ def _held(model: nn.Module) -> Iterator[_Held]:
         tensors[id(tensor)] = tensor
     for tensor_id, together in names.items():
         value = tensors[tensor_id].detach()
-        if value.is_meta:
-            raise CheckpointError(f"tensor {together[0]!r} is on the meta device: load its values first")
+        if value.is_meta or value.layout != torch.strided:
+            kind = (
+                "on the meta device: load its values"
+                if value.is_meta
+                else f"in the layout {value.layout}: make it dense"
+            )
+            raise CheckpointError(f"tensor {together[0]!r} is {kind} first")
         value = value.cpu()
         hidden = [name for name in together if name in masked]
         keeps = [masked[name].cpu() != 0 for name in hidden]
@@ -230,6 +236,9 @@ def _held(model: nn.Module) -> Iterator[_Held]:
 
 def _require_fit(saved: TensorFile, described: list[dict[str, Any]], model: nn.Module, path: Path) -> None:
     """Raise where the file's tensors are not those of the model."""
+    masked = next((name for held in _held(model) for name in held.masked), None)
+    if masked is not None:
+        raise CheckpointError(f"the factory builds a model with a mask on {masked!r}: it should build the dense one")
     own = {name: held.value for held in _held(model) for name in held.names}
     claimed = {name: (number, entry) for number, entry in enumerate(described) for name in entry["names"]}
     missing, extra = sorted(own.keys() - claimed.keys()), sorted(claimed.keys() - own.keys())
