@@ -416,6 +416,31 @@ def test_functional_layers_with_raw_parameters() -> None:
     assert sorted(removable(Functional(), torch.randn(4, 5)).values()) == [6, 8]
 
 
+class PerSample(nn.Module):
+    """Weights made for each sample, all in one grouped convolution (StyleGAN2, dynamic convolutions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.style, self.weight, self.head = nn.Linear(4, 3), nn.Parameter(torch.randn(6, 3, 1, 1)), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        weight = self.weight * self.style(z)[:, None, :, None, None]
+        y = F.conv2d(x.reshape(1, b * c, h, w), weight.reshape(b * 6, c, 1, 1), groups=b)
+        return self.head(y.view(b, 6, h, w).relu())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_group_of_channels_for_each_sample(batch: int) -> None:
+    inputs = torch.randn(batch, 3, 4, 4), torch.randn(batch, 4)
+    assert removable(PerSample(), inputs, graph=True) == {"weight[0]": 6}
+    model = PerSample()
+    small = pw.apply_plan(model, pw.plan_channels(model, inputs, budget=pw.Budget(macs=0.6)), inputs)
+    x, z = torch.randn(5, 3, 4, 4), torch.randn(5, 4)
+    alone = torch.cat([small(x[i : i + 1], z[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(small(x, z), alone)  # the batch size is still free
+
+
 class TwoOutputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -480,3 +505,24 @@ def test_residual_branches_of_a_transformer_go_as_a_whole() -> None:
     model = nn.Sequential(nn.Linear(5, 8), TransformerBlock(), TransformerBlock(), nn.Linear(8, 3))
     found = removable(model, tokens(), drop=True)
     assert sorted(found.values()) == [2, 2, 8, 12, 12]
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.scripted(self.a(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_module_stays_as_it_is() -> None:
+    model, x = Scripted(), image()
+    plan = pw.plan_channels(model, x, budget=pw.Budget(macs=0.8))
+    small = pw.apply_plan(model, plan, x)
+    assert set(plan.keep) == {"b"}
+    assert isinstance(small.scripted, torch.jit.ScriptModule)
+    assert small.b.out_channels == len(plan.keep["b"]) < 6

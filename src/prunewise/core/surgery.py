@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunewise.core.attention import PrunedMultiheadAttention
@@ -259,9 +260,11 @@ def require_unshared(model: nn.Module) -> None:
 
 def _held_outside(model: nn.Module) -> str | None:
     """The name of a parameter that a module outside `model` holds too."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    # torch keeps the module that a scripted one was made of; nothing of it is ever cut.
+    scripted = {id(p) for m in model.modules() if isinstance(m, torch.jit.ScriptModule) for p in m.parameters()}
+    names = {id(p): name for name, p in model.named_parameters() if id(p) not in scripted}
     own = {id(m._parameters) for m in model.modules()}
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if id(p) not in scripted]
     found: list[Any] = gc.get_referrers(*parameters) if parameters else []
     for store in (s for s in found if isinstance(s, dict) and id(s) not in own):
         for owner in gc.get_referrers(store):

@@ -338,4 +338,5 @@ class _Fix:
         data, weight = self.new.values[x].shape, self.new.values[bound["weight"]].shape
         full = self.predicted[0] if transposed else data
         if bound["groups"] != 1:
-            put_argument(self.node, "groups", full[len(data) - len(weight) + 1] // weight[1])
+            groups = full[len(data) - len(weight) + 1] // weight[1]  # of one per sample, an expression in the batch size
+            put_argument(self.node, "groups", self._entry(bound["groups"], groups))
