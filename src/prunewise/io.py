@@ -94,7 +94,7 @@ def _require_savable(small: nn.Module, plan: ChannelPlan, tensors: Mapping[str, 
     """Raise where the model is not one that the plan makes, or holds what is not a tensor."""
     if is_gated(small):
         raise AlreadyGatedError("the model has gates: save what gates.finish() returns")
-    count = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
+    count = sum(p.numel() for p in small.parameters())  # of scripted modules too, which give plain tensors
     expected = plan.cost_after.get("params")
     if expected is not None and count != expected:
         raise PlanError(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunewise as pw
+from prunewise.core.sites import masked
+from prunewise.core.surgery import Surgeon
 from tests.oracle.gated import removable
 
 pytestmark = [
@@ -507,6 +511,48 @@ def test_residual_branches_of_a_transformer_go_as_a_whole() -> None:
     assert sorted(found.values()) == [2, 2, 8, 12, 12]
 
 
+class NumberInATensor(nn.Module):
+    """A width that reaches the computation as a tensor, where dropout keeps outputs from being compared."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.head = how, nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(F.dropout(x, 0.5, self.training))
+        if self.training:
+            width = {"tensor": torch.tensor, "numpy": lambda n, dtype: torch.from_numpy(np.array([n]))}
+            drawn = torch.tensor(np.random.rand(), dtype=x.dtype)  # no width, and another in every pass
+            x = x / width[self.how](float(x.size(-1)), dtype=x.dtype).sqrt() + 0 * drawn
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["tensor", "numpy"])
+def test_a_width_in_a_tensor_of_one_number_is_seen(how: str) -> None:
+    model, x = NumberInATensor(how).double(), torch.randn(3, 5).double()
+    surgeon = Surgeon.of(model, x)
+    keep = {"a": (1, 3)}
+    small = surgeon.cut(model, keep)
+    torch.manual_seed(0)
+    with masked(model.train(), surgeon.grouping, keep):
+        want = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(small.train()(x), want)
+
+
+def test_a_number_that_is_drawn_anew_is_no_width() -> None:
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) * (1 + 0 * torch.tensor(np.random.rand(), dtype=x.dtype)))
+
+    model, x = Drawn(), torch.randn(3, 5)
+    assert type(Surgeon.of(model, x).cut(model, {"a": (1, 3)})) is Drawn
+
+
 class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -519,10 +565,12 @@ class Scripted(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_a_scripted_module_stays_as_it_is() -> None:
+def test_a_scripted_module_stays_as_it_is(tmp_path: Path) -> None:
     model, x = Scripted(), image()
     plan = pw.plan_channels(model, x, budget=pw.Budget(macs=0.8))
     small = pw.apply_plan(model, plan, x)
     assert set(plan.keep) == {"b"}
     assert isinstance(small.scripted, torch.jit.ScriptModule)
     assert small.b.out_channels == len(plan.keep["b"]) < 6
+    pw.save_pruned(tmp_path, small, plan)
+    assert torch.equal(pw.load_pruned(tmp_path, Scripted).eval()(x), small.eval()(x))

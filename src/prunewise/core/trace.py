@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -53,6 +54,7 @@ class TensorInfo:
     dtype: torch.dtype
     kind: str
     name: str = ""
+    value: Any = None  # of a constant that is a single number, where it is known
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Recorder(TorchDispatchMode):
         if known is not None and self.trace.tensors[known].shape == shape:
             return int(known)
         index = len(self.trace.tensors)
-        self.trace.tensors.append(TensorInfo(shape, tensor.dtype, kind, name))
+        value = _number(tensor) if kind == "constant" else None
+        self.trace.tensors.append(TensorInfo(shape, tensor.dtype, kind, name, value))
         self._ids[tensor] = index
         self._alive.append(tensor)  # an id must never be reused for another tensor
         return index
@@ -194,6 +197,14 @@ class Recorder(TorchDispatchMode):
         module = self._stack[-1] if self._stack else ""
         self.trace.ops.append(Op(len(self.trace.ops), func, bound, outputs, module, line_here()))
         return out
+
+
+def _number(tensor: Tensor) -> Any:
+    """What a tensor with one element holds that is no fake."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.numel() != 1:
+        return None
+    with _disable_current_modes():
+        return tensor.item()
 
 
 def _grouped_mm(x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -160,7 +160,27 @@ def _first_difference(
         where = old.ops[at].where if at < len(old.ops) else "the end"
         cause = error.__cause__ if error is not None else "another number of operations"
         return at, f"the pruned forward fails at {where}: {cause}"
+    changed = _changed_constants(old, new)
+    if changed:
+        again, _ = record_partly(small, inputs, training=training)
+        for place in sorted(changed.keys() - _changed_constants(new, again)):  # what changes by itself was drawn
+            op, value = changed[place]
+            where = f"{op.func} in {op.module or 'the model'} ({op.where})"
+            return op.index, f"{where}: the number {value} is computed from a width"
     return len(old.ops), None
+
+
+def _changed_constants(old: Trace, new: Trace) -> dict[int, tuple[Op, Any]]:
+    """Tensors of one number that the code makes and that differ: by place, the old operation that reads it, and the number."""
+    before, after = ([i for i, t in enumerate(trace.tensors) if t.kind == "constant"] for trace in (old, new))
+    found = {}
+    for place, (i, j) in enumerate(zip(before, after, strict=True) if len(before) == len(after) else ()):
+        value = new.tensors[j].value
+        if value is not None and value == value and value != old.tensors[i].value:
+            op = next((op for op in old.ops if i in op.inputs), None)
+            if op is not None:
+                found[place] = op, value
+    return found
 
 
 def _live(trace: Trace, ended: bool) -> list[Op]:

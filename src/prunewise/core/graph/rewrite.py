@@ -338,5 +338,6 @@ class _Fix:
         data, weight = self.new.values[x].shape, self.new.values[bound["weight"]].shape
         full = self.predicted[0] if transposed else data
         if bound["groups"] != 1:
-            groups = full[len(data) - len(weight) + 1] // weight[1]  # of one per sample, an expression in the batch size
+            # With a group for each sample, an expression in the batch size.
+            groups = full[len(data) - len(weight) + 1] // weight[1]
             put_argument(self.node, "groups", self._entry(bound["groups"], groups))
