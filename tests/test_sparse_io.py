@@ -167,7 +167,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     sparse_tensor.weight = nn.Parameter(torch.eye(4).to_sparse_csr())
     with pytest.raises(pw.CheckpointError, match="'weight' is in the layout torch.sparse_csr"):
         pw.save_sparse(tmp_path / "x", sparse_tensor)
-    (tmp_path / ".m.0123.tmp").touch()  # of a process that was killed
+    (tmp_path / ".weights.0123.tmp").touch()  # of a process that was killed
     pw.save_sparse(tmp_path / "m", factory())
     save_file({"a": torch.zeros(2)}, tmp_path / "plain")
     with pytest.raises(pw.CheckpointError, match="lack the section"):

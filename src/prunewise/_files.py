@@ -43,7 +43,7 @@ _SUPPORTED = frozenset(DTYPES.values())
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place, whole and on disk, when the block ends without an error."""
-    sweep(path.parent, f".{path.name}.*.tmp")
+    _sweep(path.parent, f".{path.name}.*.tmp")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
@@ -80,7 +80,7 @@ def stage_tensors(
             kind = "on the meta device" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
             raise CheckpointError(f"tensor {key!r} is {kind}, which cannot be saved: convert it to a plain dtype first")
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-    sweep(directory, ".weights.*.tmp")
+    _sweep(directory, ".weights.*.tmp")
     # A folder of its own, because safetensors may make temporary files beside the one it writes.
     stage = directory / f".weights.{secrets.token_hex(6)}.tmp"
     stage.mkdir()
@@ -100,7 +100,7 @@ def stage_tensors(
     return path, digest
 
 
-def sweep(directory: Path, pattern: str) -> None:
+def _sweep(directory: Path, pattern: str) -> None:
     """Remove what a killed process left. Two processes must not write to one folder at the same time."""
     for old in directory.glob(pattern):
         if old.is_dir() and not old.is_symlink():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from prunewise._files import TensorFile, opened, parse_json, stage_tensors, sweep
+from prunewise._files import TensorFile, opened, parse_json, stage_tensors
 from prunewise.core.errors import CheckpointError
 
 _FORMAT = "prunewise-sparse-1"
@@ -140,12 +140,7 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         stored.append(_stored(held, form, parts))
         described.append({"names": held.names, "shape": list(held.value.shape), "form": form, "masked": held.masked})
     metadata = {"prunewise": json.dumps({"format": _FORMAT, "tensors": described})}
-    sweep(target.parent, f".{target.name}.*.tmp")
-    staged, _ = stage_tensors(target.parent, tensors, lambda digest: f".{target.name}.{digest[:16]}.tmp", metadata)
-    try:
-        os.replace(staged, target)
-    finally:
-        staged.unlink(missing_ok=True)
+    stage_tensors(target.parent, tensors, lambda digest: target.name, metadata)
     return SparseSize(tuple(stored))
 
 
@@ -236,10 +231,11 @@ def _held(model: nn.Module) -> Iterator[_Held]:
 
 def _require_fit(saved: TensorFile, described: list[dict[str, Any]], model: nn.Module, path: Path) -> None:
     """Raise where the file's tensors are not those of the model."""
-    masked = next((name for held in _held(model) for name in held.masked), None)
+    held = list(_held(model))
+    masked = next((name for tensor in held for name in tensor.masked), None)
     if masked is not None:
         raise CheckpointError(f"the factory builds a model with a mask on {masked!r}: it should build the dense one")
-    own = {name: held.value for held in _held(model) for name in held.names}
+    own = {name: tensor.value for tensor in held for name in tensor.names}
     claimed = {name: (number, entry) for number, entry in enumerate(described) for name in entry["names"]}
     missing, extra = sorted(own.keys() - claimed.keys()), sorted(claimed.keys() - own.keys())
     if missing or extra:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import dataclasses
 import io
 import re
@@ -18,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import prunewise as pw
 from prunewise.samples.showing import as_image, cell, printable
+from tests.samples import hide_matplotlib
 from tests.samples.test_suspects import scores_of
 
 N = 6
@@ -373,14 +373,7 @@ def test_an_empty_grid_and_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> Non
     images = np.zeros((N, 2, 2))
     empty = pw.gallery(scores_of(SHARE, margins=np.full(N, 0.5)), images, "suspect", targets=np.zeros(N, int))
     assert empty.plot().get_suptitle() == "no samples"
-    real = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    hide_matplotlib(monkeypatch)
     shown = pw.gallery(SCORES, images)
     assert "2×2" in shown.table()
     for draw in (shown.plot, shown.html):

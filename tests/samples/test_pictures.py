@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 from typing import Any
 
 import numpy as np
 import pytest
 
 import prunewise as pw
+from tests.samples import hide_matplotlib
 from tests.samples.test_suspects import scores_of
 
 pytest.importorskip("matplotlib")
@@ -60,13 +60,6 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         pw.plot_histogram(SCORES, np.zeros((N, 2)))
     with pytest.raises(pw.DataError, match="different samples"):
         pw.plot_agreement(SCORES, scores_of(SHARE[1:]))
-    real = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    hide_matplotlib(monkeypatch)
     with pytest.raises(pw.PrunewiseError, match="prunewise.plot."):
         pw.plot_data_map(SCORES)
