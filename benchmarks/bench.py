@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -20,6 +21,15 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 STOPPED = 75  # exit status where the time limit came first: the same command goes on
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that run in pieces and keep a record of each: the time limit, and the table of the records."""
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
+    )
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
+    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
 
 
 class OutOfTime(Exception):

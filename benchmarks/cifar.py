@@ -20,7 +20,7 @@ from typing import Any
 import peers
 import records
 import torch
-from bench import STOPPED, Clock, OutOfTime, circumstances, table
+from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
 from data import Cifar10
 from methods import METHODS, Job
 from models import build
@@ -85,11 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="train under torch.compile")
     parser.add_argument("--compile-mode", default="default", help="(%(default)s)")
-    parser.add_argument(
-        "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
-    )
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
+    add_run_options(parser)
     args = parser.parse_args()
     args.model, args.methods = args.model.split(","), args.methods.split(",")
     args.seeds = [int(s) for s in args.seeds.split(",")]

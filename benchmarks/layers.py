@@ -20,7 +20,7 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import STOPPED, Clock, OutOfTime, circumstances, table
+from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
 from data import DATA_SETS, Images
 from models import SMALL
 from safetensors.torch import load_file
@@ -82,11 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--bf16", action="store_true", help="'tune' under bfloat16 autocast")
-    parser.add_argument(
-        "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
-    )
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
+    add_run_options(parser)
     args = parser.parse_args()
     args.sparsities, args.seeds = [float(s) for s in args.sparsities], [int(s) for s in args.seeds]
     for chosen, known in ((args.methods, METHODS), (args.recover, RECOVERIES)):

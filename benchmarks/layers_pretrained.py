@@ -27,7 +27,7 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import STOPPED, Clock, OutOfTime, circumstances, table
+from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
 from layers import ALLOCATORS, DEFAULT
 from models import MobileNetV2
 from torch import Tensor, nn
@@ -61,11 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="mobilenet_v2: folder with photographs (.jpg, .png)")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/layers"), help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument(
-        "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
-    )
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
+    add_run_options(parser)
     args = parser.parse_args()
     args.sparsities = [float(s) for s in args.sparsities]
     if not args.table and (args.weights is None or (args.model == "mobilenet_v2" and args.data is None)):
