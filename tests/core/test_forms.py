@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -418,6 +418,68 @@ class Functional(nn.Module):
 
 def test_functional_layers_with_raw_parameters() -> None:
     assert sorted(removable(Functional(), torch.randn(4, 5)).values()) == [6, 8]
+
+
+class BeforeUse(nn.Module):
+    """Weights that are scaled, masked or cast before they read: equalised learning rates, MADE, mixed precision."""
+
+    FORMS: ClassVar[dict[str, Any]] = {
+        "scaled": lambda w, mask: w * 0.3,
+        "masked": lambda w, mask: mask * w,
+        "cast": lambda w, mask: w.float().double(),
+        "negated": lambda w, mask: -w / 2,
+        "twice": lambda w, mask: ((w * mask) * 0.5).to(w.dtype),
+        "bounded": lambda w, mask: torch.tanh(w),
+    }
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = self.FORMS[form]
+        self.a, self.w, self.h = nn.Linear(5, 8), nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 2)
+        self.register_buffer("mask", torch.ones(6, 8).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(F.linear(self.a(x).relu(), self.form(self.w, self.mask)).relu())
+
+
+@pytest.mark.parametrize("form", BeforeUse.FORMS)
+def test_weights_that_are_changed_before_use(form: str) -> None:
+    assert removable(BeforeUse(form), tokens()) == {"a": 8, "w[0]": 6}
+
+
+class AlsoElsewhere(nn.Module):
+    """The scaled weight reads, and is averaged besides: its entries may not go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(5, 8), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.a(x).relu(), self.w * 2) + (self.w * 3).mean()
+
+
+def test_a_scaled_weight_that_is_also_used_elsewhere_stays() -> None:
+    assert "a" in pinned(AlsoElsewhere(), tokens())
+
+
+class PlacedByAParameter(nn.Module):
+    """A parameter times what reads: the product carries the channels of both."""
+
+    def __init__(self, outer: bool) -> None:
+        super().__init__()
+        self.outer, self.a, self.h = outer, nn.Linear(5, 8), nn.Linear(6, 2)
+        self.w, self.mask = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(1, 8))
+        self.b, self.p = nn.Linear(5, 8), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.outer:
+            return self.h(F.linear(self.a(x).relu(), self.w * self.mask).relu())
+        return self.h((self.a(x) * self.p) @ self.b(x).transpose(1, 2)[:, :, :6])
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_products_of_a_parameter_that_read(outer: bool) -> None:
+    removable(PlacedByAParameter(outer), torch.randn(2, 6, 5))
 
 
 class PerSample(nn.Module):

@@ -81,8 +81,6 @@ FAMILIES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "index": (lambda x: x[:, [1, 0, 2]], 0),
     "position": (lambda x: x * torch.arange(12.0)[:, None, None], 0),
     "local response": (lambda x: F.local_response_norm(x, 3), 0),
-    "fft": (lambda x: torch.fft.rfft2(x).abs(), 0),
-    "fold": (lambda x: F.fold(x.flatten(2)[..., :9], (4, 4), 2), 0),
     "unbind": (lambda x: torch.stack(x.unbind(1), 1), 0),
 }
 

@@ -265,6 +265,9 @@ class Flow:
         site = None
         if weight is not None and weight in self.origins and weight_labels is not None:
             site = self.state_dim(weight_labels)
+            gain, name = self.gains.get(self.origins[weight]), self.origins[weight]
+            if site is not None and site[0] != name and (gain is None or site[0] != gain.gain):
+                site = None  # labels of what the weight is multiplied by
         self.demands.append(Demand(labels, site, op, operands))
 
 

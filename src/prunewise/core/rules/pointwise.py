@@ -19,14 +19,34 @@ from prunewise.core.trace import Op, Ref
 )  # fmt: skip
 def pointwise(flow: Flow, op: Op) -> Layout | list[Layout]:
     """Aligned indices are one channel. Also the default for operators that carry torch's `pointwise` tag."""
-    layouts = [flow.of(leaf) for leaf in tree_flatten(op.args)[0] if isinstance(leaf, Ref)]
+    read = [leaf for leaf in tree_flatten(op.args)[0] if isinstance(leaf, Ref)]
     if not op.outputs:
         return []
+    weight = _scaled_weight(flow, op, read)
+    if weight is not None:  # its labels are those of the result, so that the reader is known by them
+        flow.origins[op.outputs[0]] = flow.origins[weight.id]
+        read.sort(key=lambda ref: ref.id != weight.id)
+    layouts = [flow.of(ref) for ref in read]
     if op.name == "clone" and op.args["self"].id in flow.origins:  # as einsum makes of a weight that it permutes
         flow.origins[op.outputs[0]] = flow.origins[op.args["self"].id]
     shape = flow.shape(op.outputs[0])
     joined = flow.join(layouts, shape, op) if layouts else Layout(shape)
     return [joined if flow.shape(o) == shape else Layout(flow.shape(o)) for o in op.outputs]
+
+
+# Operations that give zero where a weight is zero, whatever else goes into them.
+_ZERO_STAYS = ("mul", "div", "neg", "_to_copy", "abs", "tanh", "relu", "sign", "round")
+
+
+def _scaled_weight(flow: Flow, op: Op, read: list[Ref]) -> Ref | None:
+    """The parameter that an operation scales, masks or casts: to mask it is to mask the result."""
+    weights = [ref for ref in read if ref.id in flow.origins]
+    if len(weights) != 1 or op.name not in _ZERO_STAYS or op.writes:
+        return None
+    weight = weights[0]
+    if len(flow.shape(weight.id)) < 2 or (op.name == "div" and op.args["self"] != weight):
+        return None
+    return weight
 
 
 @rule(

@@ -298,8 +298,13 @@ def index(flow: Flow, op: Op) -> Layout:
     for i in indices:
         if isinstance(i, Ref):
             flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
-    shape = flow.shape(op.outputs[0])
-    rank_of_index = len(shape) - (len(layout.shape) - len(used))
+    return _picked(flow, op, layout, used)
+
+
+def _picked(flow: Flow, op: Op, layout: Layout, used: Sequence[int]) -> Layout:
+    """The layout of what is indexed by tensors along the dimensions `used`, in which nothing is labelled."""
+    indexed = np.broadcast_shapes(*(flow.shape(i.id) for i in op.args["indices"] if isinstance(i, Ref)))
+    rank_of_index = len(indexed)
     contiguous = used == list(range(used[0], used[0] + len(used)))
     at = used[0] if contiguous else 0
     to, new = {}, 0
@@ -310,7 +315,8 @@ def index(flow: Flow, op: Op) -> Layout:
             new += rank_of_index
         to[d] = new
         new += 1
-    return layout.moved(shape, to)
+    free = [layout.shape[d] for d in to]
+    return layout.moved((*free[:at], *indexed, *free[at:]), to)
 
 
 @rule("index_select", "index_select_backward")
@@ -332,6 +338,69 @@ def gather(flow: Flow, op: Op) -> Layout:
         layout = flow.fix(layout, [dim % max(len(shape), 1), *cut] if shape else [], op)
         layouts.append(Layout(shape, layout.blocks))
     return flow.join(layouts, shape, op)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "index_copy", "index_fill")
+def scatter(flow: Flow, op: Op) -> Layout:
+    """Entries written to places along one dimension, which is fixed; the others pass where they are whole."""
+    x = flow.of(op.args["self"])
+    rank = len(x.shape)
+    dim = int(op.args["dim"]) % max(rank, 1)
+    layouts = [flow.fix(x, [dim] if rank else [], op)]
+    for name in ("index", "src", "source"):
+        ref = op.args.get(name)
+        if isinstance(ref, Ref) and len(flow.shape(ref.id)) == rank and not (name == "index" and "index" in op.name):
+            layout = flow.of(ref)
+            cut = [d for d, (a, b) in enumerate(zip(x.shape, layout.shape, strict=True)) if a != b and d != dim]
+            layouts[0] = flow.fix(layouts[0], cut, op)
+            layout = flow.fix(layout, [dim, *cut] if rank else [], op)
+            layouts.append(Layout(x.shape, layout.blocks))
+    return flow.join(layouts, x.shape, op)
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(flow: Flow, op: Op) -> Layout:
+    """As `index`, with values written instead of read."""
+    masks = [i for i in op.args["indices"] if isinstance(i, Ref) and "bool" in str(flow.trace.tensors[i.id].dtype)]
+    if masks:
+        return _opaque(flow, op)
+    used = [d for d, i in enumerate(op.args["indices"]) if i is not None]
+    x = flow.fix(flow.of(op.args["self"]), used, op)
+    picked = _picked(flow, op, x, used)
+    flow.join([picked, flow.of(op.args["values"])], picked.shape, op)
+    return x
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only", "embedding_bag")
+def embedding_bag(flow: Flow, op: Op) -> list[Layout]:
+    """Rows of a table, added up or averaged: the rows are fixed, their width passes."""
+    layout = flow.fix(flow.of(op.args["weight"]), [0], op)
+    shapes = [flow.shape(o) for o in op.outputs]
+    return [Layout(s, layout.blocks if len(s) == 2 and s[1] == layout.shape[1] else ()) for s in shapes]
+
+
+@rule("unfold", "unfold_copy")
+def unfold(flow: Flow, op: Op) -> Layout:
+    """Windows along one dimension, which is fixed, as is the window; the others pass."""
+    layout = flow.of(op.args["self"])
+    dim = int(op.args["dimension"])
+    return Layout(flow.shape(op.outputs[0]), flow.fix(layout, [dim] if layout.shape else [], op).blocks)
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fft(flow: Flow, op: Op) -> Layout:
+    """The transformed dimensions are fixed; the others pass."""
+    return Layout(flow.shape(op.outputs[0]), flow.fix(flow.of(op.args["self"]), op.args["dim"], op).blocks)
+
+
+@rule("view_as_complex", "view_as_real")
+def as_complex(flow: Flow, op: Op) -> Layout:
+    """A last dimension of real and imaginary part comes or goes."""
+    _keep_origin(flow, op)
+    layout = flow.of(op.args["self"])
+    if op.name == "view_as_complex":
+        layout = flow.fix(layout, [-1], op)
+    return Layout(flow.shape(op.outputs[0]), layout.blocks)
 
 
 @rule("embedding")

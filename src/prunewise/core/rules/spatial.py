@@ -104,3 +104,16 @@ def im2col(flow: Flow, op: Op) -> Layout:
     if labels is None:
         return Layout(shape, x.blocks)
     return _relabelled(flow, x, 1, np.repeat(labels, shape[1] // x.shape[1]), shape, op)
+
+
+@rule("col2im")
+def col2im(flow: Flow, op: Op) -> Layout:
+    """All places of a window become one channel: they go together."""
+    x = flow.of(op.args["self"])
+    at = len(x.shape) - 2
+    x = flow.fix(x, [at + 1], op)
+    x, labels = flow.alone(x, at, op)
+    shape = flow.shape(op.outputs[0])
+    if labels is None:
+        return Layout(shape, x.blocks)
+    return _relabelled(flow, x, at, flow.store.unite_along(labels.reshape(shape[at], -1), 1), shape, op)
