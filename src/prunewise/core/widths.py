@@ -40,8 +40,8 @@ def fit_attributes(
     """
     widths = {name: len(kept) for name, kept in keep.items()}
     for number, each in enumerate(costs.grouping.structure.passes):
-        problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1, parts=parts)
-        problem = problem or _moved_slice(small, example_inputs, costs, keep, each, training=number == 1)
+        new, problem = _fit_pass(small, example_inputs, costs, widths, each, training=number == 1, parts=parts)
+        problem = problem or _moved_slice(new, costs, keep, each)
         if problem is not None:
             return problem
     return None
@@ -55,12 +55,13 @@ def _fit_pass(
     each: Pass,
     training: bool,
     parts: Parts | None,
-) -> str | None:
+) -> tuple[Trace, str | None]:
+    """The last trace of `small`, and what still differs."""
     predicted = [
         [costs.shape(each.layouts[o], widths) if o in each.layouts else each.trace.tensors[o].shape for o in op.outputs]
         for op in each.trace.ops
     ]
-    at, problem = _first_difference(small, inputs, each.trace, predicted, training, parts)
+    new, at, problem = _first_difference(small, inputs, each.trace, predicted, training, parts)
     originals: Originals = {}
     own: set[str] = set()  # attributes that were set on a single module
     again: set[type] = set()  # classes of which a module is a graph already
@@ -78,7 +79,7 @@ def _fit_pass(
                 tried.add(change.key)
             undo = change.apply()
             trials += isinstance(change, _Change)
-            reached, found = _first_difference(small, inputs, each.trace, predicted, training, parts)
+            trial, reached, found = _first_difference(small, inputs, each.trace, predicted, training, parts)
             if found is None or reached > at:
                 if isinstance(change, _Swap):
                     assert parts is not None
@@ -88,24 +89,16 @@ def _fit_pass(
                     own |= {name for _, name, _, _ in change.targets if len(change.targets) == 1}
                     for module, name, old, _ in change.targets:
                         originals.setdefault((id(module), name), old)
-                at, problem = reached, found
+                new, at, problem = trial, reached, found
                 break
             undo()
         else:
-            return problem
-    return None
+            break
+    return new, problem
 
 
-def _moved_slice(
-    small: nn.Module,
-    inputs: Inputs,
-    costs: CostModel,
-    keep: Mapping[str, tuple[int, ...]],
-    each: Pass,
-    training: bool,
-) -> str | None:
+def _moved_slice(new: Trace, costs: CostModel, keep: Mapping[str, tuple[int, ...]], each: Pass) -> str | None:
     """A slice or pick of channels whose position should have moved with the removed ones, and did not."""
-    new, _ = record_partly(small, inputs, training=training)
     if [op.func for op in new.ops] != [op.func for op in each.trace.ops]:
         return None  # the numbers decide
     alive = costs.grouping.alive(keep)
@@ -129,8 +122,8 @@ def _first_difference(
     predicted: list[list[tuple[int, ...]]],
     training: bool,
     parts: Parts | None,
-) -> tuple[int, str | None]:
-    """Index in the old trace of the first operation that is not as predicted, and what is wrong, or None.
+) -> tuple[Trace, int, str | None]:
+    """The trace of `small`, the index in the old one of the first operation that is not as predicted, and what is wrong.
 
     Views and copies are passed over: what they do shows in the operations that compute. So are the insides of
     modules that surgery put another class in the place of.
@@ -144,30 +137,31 @@ def _first_difference(
     for a, b in zip(before, after, strict=False):
         where = f"{b.func} in {b.module or 'the model'} ({b.where})"
         if a.func is not b.func or len(a.outputs) != len(b.outputs):
-            return a.index, f"the pruned forward takes another path: {where} instead of {a.func}"
+            return new, a.index, f"the pruned forward takes another path: {where} instead of {a.func}"
         for out, want in zip(b.outputs, predicted[a.index], strict=True):
             if new.tensors[out].shape != want:
                 shape = new.tensors[out].shape
                 return (
+                    new,
                     a.index,
                     f"{where} gives shape {shape}, should be {want}: a width is written into the code",
                 )
         scalar = _changed_scalar(a, b)
         if scalar is not None:
-            return a.index, f"{where}: the number {scalar} is computed from a width"
+            return new, a.index, f"{where}: the number {scalar} is computed from a width"
     if error is not None or len(after) != len(before):
         at = _failed_at(before, after, old, new)
         where = old.ops[at].where if at < len(old.ops) else "the end"
         cause = error.__cause__ if error is not None else "another number of operations"
-        return at, f"the pruned forward fails at {where}: {cause}"
+        return new, at, f"the pruned forward fails at {where}: {cause}"
     changed = _changed_constants(old, new)
     if changed:
         again, _ = record_partly(small, inputs, training=training)
         for place in sorted(changed.keys() - _changed_constants(new, again)):  # what changes by itself was drawn
             op, value = changed[place]
             where = f"{op.func} in {op.module or 'the model'} ({op.where})"
-            return op.index, f"{where}: the number {value} is computed from a width"
-    return len(old.ops), None
+            return new, op.index, f"{where}: the number {value} is computed from a width"
+    return new, len(old.ops), None
 
 
 def _changed_constants(old: Trace, new: Trace) -> dict[int, tuple[Op, Any]]:

@@ -19,7 +19,7 @@ from prunewise.core.untouched import nothing_fused
 _aten = torch.ops.aten
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """`model` with a list of tensors in and a list of tensors out: what is exported."""
 
     def __init__(self, model: nn.Module, call: Call, training: bool) -> None:
@@ -58,7 +58,7 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> Exported:
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
     with in_mode(model, training), nothing_fused(), torch.enable_grad():
-        flat = _Flat(model, call, training).train(training)
+        flat = Flat(model, call, training).train(training)
         model.train(training)
         for given, shapes in ((call.doubled(), (free,)), (call.tensors, None)):
             try:

@@ -11,7 +11,7 @@ from prunewise.core.graph.call import Call, fill
 
 
 class RebuiltModule(fx.GraphModule):
-    """What `rebuild` returns: one graph for train mode, one for eval mode, over the same parameters."""
+    """What `rebuild` returns: one graph for train mode, one for eval mode (or one for both), over the same parameters."""
 
     def __init__(self, state: nn.Module, graphs: dict[bool, fx.Graph], call: Call, name: str) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
@@ -25,7 +25,8 @@ class RebuiltModule(fx.GraphModule):
         self._graphs = graphs
         self._compiled: dict[bool, Any] = {}
         for mode in (not self.training, self.training):
-            self.graph = graphs[mode]  # compiles
+            if mode not in self._compiled:
+                self.graph = graphs[mode]  # compiles
 
     def recompile(self) -> Any:
         """Compile the current graph; `forward` takes and gives what the original's does."""
@@ -54,7 +55,8 @@ class RebuiltModule(fx.GraphModule):
         own = ("_graphs", "_compiled", "_graph", "_call")
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in own})
         new._call = self._call
-        new._install({mode: copy.deepcopy(graph) for mode, graph in self._graphs.items()})
+        copies = {id(graph): copy.deepcopy(graph) for graph in self._graphs.values()}
+        new._install({mode: copies[id(graph)] for mode, graph in self._graphs.items()})
         return new
 
     def __reduce__(self) -> Any:

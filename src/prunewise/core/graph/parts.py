@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from prunewise.core.errors import VerificationError
 from prunewise.core.graph.call import Call
-from prunewise.core.graph.export import Exported, export_graph
+from prunewise.core.graph.export import Exported, Flat, export_graph
 from prunewise.core.graph.module import RebuiltModule, skeleton_of
 from prunewise.core.graph.rebuild import assembled
 from prunewise.core.graph.rewrite import Cut, Part
@@ -100,7 +100,11 @@ class Parts:
             _what_runs(trace.ops[seen.start : seen.end], own),
         )  # fmt: skip
         if key not in self._exported:
-            graphs = {training: export_graph(module, call, training) for training in (False, True)}
+            graphs = {False: export_graph(module, call, False)}
+            if _modes_agree(module, call):
+                graphs[True], call.outputs[True] = graphs[False], call.outputs[False]
+            else:
+                graphs[True] = export_graph(module, call, True)
             if call.fixed:
                 raise VerificationError(
                     f"a graph of this {type(module).__name__} would be one for this batch size alone"
@@ -109,7 +113,7 @@ class Parts:
                 return graphs, call
             self._exported[key] = graphs, call.outputs
         graphs, call.outputs = self._exported[key]
-        return {training: (copy.deepcopy(graph), constants) for training, (graph, constants) in graphs.items()}, call
+        return copy.deepcopy(graphs), call
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -187,6 +191,15 @@ def _pass(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, _Seen]]:
 
     trace, _ = record_partly(model, inputs, watch=watch)
     return trace, found
+
+
+def _modes_agree(module: nn.Module, call: Call) -> bool:
+    """True where train mode runs the same operations with the same numbers: one graph does for both."""
+    said = []
+    for training in (False, True):
+        trace, error = record_partly(Flat(module, call, training), (call.tensors,), training=training)
+        said.append((_what_runs(trace.ops, {i: n for n, i in trace.state.items()}), error is None))
+    return said[0] == said[1] and said[0][1]
 
 
 def _zeros(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -79,6 +79,8 @@ def assembled(
 ) -> RebuiltModule:
     """The graphs of a model (or of a part of one), rewritten for the smaller tensors that `skeleton` holds."""
     for training, (graph, constants) in graphs.items():
+        if training and graph is graphs[False][0]:  # one for both modes
+            continue
         for name, tensor in constants.items():
             skeleton.register_buffer(name, tensor, persistent=False)
         inputs = call.tensors if training in call.fixed else call.doubled()
