@@ -278,6 +278,45 @@ def test_head_size_computed_from_the_width(late: bool) -> None:
     assert removable(ComputedHeadSize(late), tokens(), graph=late) == {"up": 16, "q": 4}
 
 
+class Caching(nn.Module):
+    """Attention whose bias is cached in eval mode, and cleared when training begins (LeViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(5, 24), nn.Linear(8, 3)
+        self.bias, self.cache = nn.Parameter(torch.randn(4, 9)), {}
+        self.register_buffer("places", torch.arange(7)[:, None].sub(torch.arange(7)).abs())
+
+    def train(self, mode: bool = True) -> Caching:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, len(self.bias), -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias[:, self.places]
+        if not self.training:
+            bias = self.cache.setdefault("bias", bias)
+        scores = q @ k.transpose(-2, -1) + bias
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_was_cached_in_eval_mode_hides_nothing() -> None:
+    fresh = removable(Caching(), tokens())
+    model = Caching().double().eval()
+    model(tokens().double())
+    held = model.cache["bias"]
+    groups = {g.name: g.size for g in pw.channel_groups(model, tokens().double()) if g.prunable}
+    assert groups == fresh
+    assert model.cache["bias"] is held
+    assert not model.training
+    plan = pw.plan_channels(model, tokens().double(), budget=pw.Budget(macs=0.6))
+    small = pw.apply_plan(model, plan, tokens().double())
+    assert small.cache == {}
+    small.eval()(tokens().double())
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], *, layers: int = 1, bidirectional: bool = False) -> None:
         super().__init__()

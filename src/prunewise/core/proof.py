@@ -16,7 +16,7 @@ from prunewise.core.groups import Grouping
 from prunewise.core.sites import masked
 from prunewise.core.slices import copied
 from prunewise.core.trace import Inputs, as_call, tensors_of
-from prunewise.core.untouched import attributes_kept, in_mode
+from prunewise.core.untouched import attributes_kept, forget_caches, in_mode
 
 _PLAIN = 1e-4  # what differs by more has to be shown to be rounding, by float64 copies
 _MAX_COPIED = 500_000_000  # parameters of a model that is copied in float64, 8 bytes each
@@ -167,6 +167,7 @@ def outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> Outputs
             torch.random.fork_rng(devices=sorted(devices)),
             _Coarsest() as coarsest,
         ):
+            forget_caches(model)
             torch.manual_seed(0)
             return Outputs([t.clone() for t in tensors_of(model(*args, **kwargs))], coarsest.epsilon)
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunewise.core.gains import Gain
 from prunewise.core.groups import Grouping
@@ -24,13 +25,9 @@ class Slices(dict[str, dict[int, npt.NDArray[np.int64]]]):
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules whose hooks have left tensors with a history on them; without gradients."""
-    made = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    """A deep copy, also of modules that hold tensors with a history (left by hooks, or cached); without gradients."""
+    held = tree_leaves([vars(module) for module in model.modules()])
+    made = [leaf for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 

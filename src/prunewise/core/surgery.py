@@ -24,7 +24,7 @@ from prunewise.core.proof import check_equal
 from prunewise.core.slices import copied, slice_state, state_slices
 from prunewise.core.structure import analyse
 from prunewise.core.trace import Inputs
-from prunewise.core.untouched import evaluating
+from prunewise.core.untouched import evaluating, forget_caches
 from prunewise.core.widths import fit_attributes
 
 
@@ -89,6 +89,7 @@ class Surgeon:
 
     def _sliced(self, model: nn.Module, keep: Mapping[str, tuple[int, ...]], parts: Parts | None = None) -> nn.Module:
         small = copied(model)
+        forget_caches(small)
         slice_state(small, state_slices(self.grouping, keep))
         with evaluating(small):  # a weight made by a parametrization may change with every look in train mode
             _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})

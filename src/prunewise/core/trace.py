@@ -30,6 +30,7 @@ from prunewise.core.lines import line_here, line_of
 from prunewise.core.untouched import (
     attributes_kept,
     drop_cached_fakes,
+    forget_caches,
     in_mode,
     nothing_converted,
     nothing_fused,
@@ -307,6 +308,7 @@ def record_partly(
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
+        forget_caches(model)
         recorder = Recorder(trace, stack)
         state = {}
         for name, tensor, kind in named:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prunewise.core.lines import is_users
@@ -89,6 +89,20 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for m, was in before:
             m.training = was
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Clear what the model's own `train` clears when training begins: biases that were cached in eval mode, say.
+
+    A cache that was made of full-size parameters would hide them from a trace, and would not fit the smaller model.
+    """
+    own = [m for m in model.modules() if type(m).train is not nn.Module.train and not isinstance(m, fx.GraphModule)]
+    if own:
+        before = [(m, m.training) for m in model.modules()]
+        for module in own:
+            module.train(True)
+        for module, was in before:
+            module.training = was
 
 
 @contextmanager
