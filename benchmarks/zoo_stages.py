@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import io
 import random
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from bench import without_folders
 from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import Entry, vary_
 
@@ -163,6 +165,8 @@ class Examination:
     def export(self) -> Facts:
         args, kwargs = as_call(self.inputs)
         self.small.eval()
+        with torch.no_grad():
+            register_outputs(self.small(*args, **kwargs))
         buffer = io.BytesIO()
         torch.export.save(torch.export.export(self.small, args, kwargs, strict=False), buffer)
         buffer.seek(0)
@@ -190,6 +194,13 @@ class Examination:
             "tight": tight,
             "right": 0.48 <= share <= 0.5 or (share <= 0.5 and tight),
         }
+
+
+def register_outputs(output: Any) -> None:
+    """Tell torch of a dataclass that a model returns, as torch.export asks its users to."""
+    kind: Any = type(output)
+    if dataclasses.is_dataclass(kind) and kind not in SUPPORTED_NODES:
+        torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
 
 
 # Each stage and the stages that it builds on.
