@@ -30,6 +30,11 @@ def pairs() -> dict[str, Tensor]:
     return {"input_ids": _tokens(), "decoder_input_ids": _tokens(8)}
 
 
+def long_pairs() -> dict[str, Tensor]:
+    """Tokens enough for all of some routed experts."""
+    return {"input_ids": _tokens(96), "decoder_input_ids": _tokens(96)}
+
+
 def boxes() -> dict[str, Tensor]:
     low = torch.randint(0, 400, (2, 12, 2))
     return {**text(), "bbox": torch.cat([low, low + torch.randint(1, 400, (2, 12, 2))], dim=-1)}
@@ -224,7 +229,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "m2m_100": Architecture("M2M100ForConditionalGeneration", pairs, _SEQ2SEQ),
     "switch_transformers": Architecture(
         "SwitchTransformersForConditionalGeneration",
-        pairs,
+        long_pairs,
         _T5 | {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     ),
     # images

@@ -137,7 +137,8 @@ def load_pruned(
         factory: called without arguments; builds the original, unpruned architecture (its weights do not matter) on
             the device where the model is wanted.
         example_inputs: needed only where the plan does not record what the inputs look like (they held objects of
-            other classes than tensors, containers, numbers and strings).
+            other classes than tensors, containers, numbers and strings), and where the model's code asks for the values
+            of tensors (a plan holds shapes).
 
     Raises:
         CheckpointError: a file is missing, damaged, hostile or of another version, or was saved for another architecture.
@@ -176,7 +177,8 @@ def _rebuilt(
             "differ. The factory should build the original, unpruned model"
         )
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    if example_inputs is None:
+    made_up = example_inputs is None
+    if made_up:
         if plan.inputs is None:
             raise CheckpointError(f"{where} does not record what the model's inputs look like: give example_inputs")
         try:
@@ -200,8 +202,9 @@ def _rebuilt(
             if not isinstance(error, PlanError) and number + 1 < len(attempts):
                 continue
             why = error if isinstance(error, PrunewiseError) else f"{type(error).__name__}: {str(error)[:500]}"
+            remedy = ". It ran on made-up values: give example_inputs= where it needs real ones" if made_up else ""
             raise CheckpointError(
-                f"{where} does not fit the {type(model).__name__} that the factory builds: {why}"
+                f"{where} does not fit the {type(model).__name__} that the factory builds: {why}{remedy}"
             ) from error
     raise AssertionError
 

@@ -20,7 +20,6 @@ from tests.zoo import call, cast, flat_tensors, randomize_
 
 # Refused with an error that says what is wrong, which is right as well.
 REFUSED: dict[str, str] = {
-    "boolean_index": "TraceError: a shape that depends on data",
     "ReaderWritten": "NoPrunableGroupError: forward writes into the weight that reads the channels",
 }
 

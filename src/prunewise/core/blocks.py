@@ -45,12 +45,12 @@ def find_branches(grouping: Grouping, model: nn.Module, example_inputs: Inputs) 
         model: not changed (modules are swapped for a moment, for a trial on fake tensors).
         example_inputs: those that `grouping` was made with.
     """
-    view = View.of(model, example_inputs, training=False)
     trace = grouping.structure.trace
+    view = View.of(model, example_inputs, training=False, asks_at=trace.asks_at)
     if [(o.func, o.outputs) for o in view.values.trace.ops] != [(o.func, o.outputs) for o in trace.ops]:
         return []  # the forward pass is not the same twice: nothing can be said of it
     try:
-        trained: View | None = View.of(model, example_inputs, training=True)
+        trained: View | None = View.of(model, example_inputs, training=True, asks_at=trace.asks_at)
     except TraceError:
         trained = None
     finder = _Finder(grouping, model, view, trained)

@@ -78,11 +78,15 @@ class View:
     sums: list[tuple[Op, int, int]]  # (addition, value that stays, value of the branch)
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Inputs, training: bool) -> View:
+    def of(cls, model: nn.Module, example_inputs: Inputs, training: bool, asks_at: str) -> View:
         """Record a pass."""
         calls: list[Call] = []
         trace, error = record_partly(
-            model, example_inputs, training=training, watch=lambda recorder: _calls(model, recorder, calls)
+            model,
+            example_inputs,
+            training=training,
+            asks_at=asks_at,
+            watch=lambda recorder: _calls(model, recorder, calls),
         )
         if error is not None:
             raise error

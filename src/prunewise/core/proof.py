@@ -16,7 +16,7 @@ from prunewise.core.groups import Grouping
 from prunewise.core.sites import masked
 from prunewise.core.slices import copied
 from prunewise.core.trace import Inputs, as_call, tensors_of
-from prunewise.core.untouched import attributes_kept, forget_caches, in_mode
+from prunewise.core.untouched import attributes_kept, forget_caches, in_mode, seeded
 
 _PLAIN = 1e-4  # what differs by more has to be shown to be rounding, by float64 copies
 _MAX_COPIED = 500_000_000  # parameters of a model that is copied in float64, 8 bytes each
@@ -158,17 +158,15 @@ def outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> Outputs
     """All tensors that a forward pass returns, with nothing left changed."""
     args, kwargs = as_call(example_inputs)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
         with (
             torch.no_grad(),
             in_mode(model, training),
             attributes_kept(model),
-            torch.random.fork_rng(devices=sorted(devices)),
+            seeded(model),
             _Coarsest() as coarsest,
         ):
             forget_caches(model)
-            torch.manual_seed(0)
             return Outputs([t.clone() for t in tensors_of(model(*args, **kwargs))], coarsest.epsilon)
     finally:
         with torch.no_grad():

@@ -45,14 +45,17 @@ class Structure:
 def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     """Trace `model` and find which indices of its parameters and buffers must go together.
 
-    The model is traced in eval mode, and followed in train mode as well if it does something else there.
+    The model is traced in eval mode, and followed in train mode as well if it does something else there. Where its code
+    asks for values of tensors, the values of the example inputs decide what is seen; a warning says so.
 
     Raises:
-        TraceError: the forward pass fails on `example_inputs`.
+        TraceError: the forward pass fails on `example_inputs`, or their values do not reach all parameters.
     """
     trace = record(model, example_inputs)
     traces = [(trace, find_norms(model, trace))]
-    in_training, failure = record_partly(model, example_inputs, training=True)
+    in_training, failure = record_partly(model, example_inputs, training=True, asks_at=trace.asks_at)
+    if trace.asks_at:
+        _check_reached(model, [trace, in_training])
     if failure is not None:  # detection models want targets in training: what eval mode shows has to do
         _tell_of_train_mode(model, trace, failure)
     elif _path(in_training) != _path(trace):
@@ -71,6 +74,27 @@ def _unused(traces: Sequence[Trace]) -> list[str]:
     used = set().union(*(trace.used_state() for trace in traces))
     known = traces[0].tensors
     return [known[i].name for i in sorted(set(traces[0].state.values()) - used) if known[i].kind == "param"]
+
+
+def _check_reached(model: nn.Module, traces: Sequence[Trace]) -> None:
+    """Warn that values decide what runs; refuse where some parameters were not reached with these.
+
+    Raises:
+        TraceError: names the parameter and the line.
+    """
+    unused, asks_at = _unused(traces), traces[0].asks_at
+    if unused:
+        more = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        raise TraceError(
+            f"{type(model).__name__} asks for the values of tensors at {asks_at}, and with those of the example inputs it does "
+            f"not reach {unused[0]}{more}. Others may, where channels around them are gone: give example inputs that reach "
+            "all (more samples, say), or remove parameters that are never used"
+        )
+    warnings.warn(
+        f"{type(model).__name__} asks for the values of tensors at {asks_at}: what it does was followed with the values of the "
+        "example inputs, and what it does with others is not known",
+        stacklevel=4,
+    )
 
 
 def _tell_of_train_mode(model: nn.Module, trace: Trace, failure: TraceError) -> None:

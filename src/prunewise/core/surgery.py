@@ -62,6 +62,8 @@ class Surgeon:
         """
         if drops_blocks(keep):
             return self._cut_blocks(model, keep, Surgeon.cut)
+        if self.grouping.structure.trace.asks_at:  # no graph has what values decide
+            return self._configured(self._sliced(model, keep))
         parts = Parts(model, self.grouping, keep, self.example_inputs)
         try:
             small = self._configured(self._sliced(model, keep, parts))
@@ -95,6 +97,9 @@ class Surgeon:
             _set_widths(small, self.costs, {name: len(kept) for name, kept in keep.items()})
         problem = fit_attributes(small, self.example_inputs, self.costs, keep, parts)
         if problem is not None:
+            asks_at = self.grouping.structure.trace.asks_at
+            if asks_at:
+                problem += f". The code asks for values at {asks_at}: without these channels they may decide otherwise"
             raise VerificationError(problem)
         check_equal(model, small, self.grouping, keep, self.example_inputs)
         return small

@@ -1,7 +1,8 @@
 """One forward pass, recorded as ATen operations.
 
 The model runs on fake tensors: shapes and dtypes flow, nothing is computed and no memory is taken, so a model on the
-meta device is traced as easily as one on a GPU. Whatever Python the user's `forward` runs, the operations that reach
+meta device is traced as easily as one on a GPU. Where its code asks for values (`x[mask]`, `.item()`), it runs on copies of
+the real ones instead. Whatever Python the user's `forward` runs, the operations that reach
 the dispatcher are recorded, with the parameter names, the module that called, and the line of the user's code.
 """
 
@@ -35,6 +36,7 @@ from prunewise.core.untouched import (
     nothing_converted,
     nothing_fused,
     quiet,
+    seeded,
 )
 
 Inputs = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
@@ -101,6 +103,11 @@ class Op:
         return not self.is_view and self.name not in ("clone", "_unsafe_view", "contiguous", "as_strided")
 
     @property
+    def tells(self) -> bool:
+        """True where Python sees values: a number, or a size that depends on them."""
+        return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(self.func.tags))
+
+    @property
     def inputs(self) -> list[int]:
         """Ids of all tensor arguments, in order."""
         return [leaf.id for leaf in tree_flatten(self.args)[0] if isinstance(leaf, Ref)]
@@ -115,13 +122,14 @@ class Trace:
     outputs: list[int] = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
     unsaved: set[str] = field(default_factory=set)  # names of buffers that are not in the state_dict
+    asks_at: str = ""  # the line where the code asked for a value, in a pass on real values; "" on fake tensors
 
     def live_ops(self) -> set[int]:
-        """Indices of the operations that an output depends on, or that write in place."""
+        """Indices of the operations that an output depends on, that write in place, or that tell Python a value."""
         wanted = set(self.outputs)
         live = set()
         for op in reversed(self.ops):
-            if op.writes or not wanted.isdisjoint(op.outputs):
+            if op.writes or op.tells or not wanted.isdisjoint(op.outputs):
                 live.add(op.index)
                 wanted.update(op.inputs)
         return live
@@ -245,18 +253,21 @@ def _module_stack(model: nn.Module) -> Iterator[list[str]]:
 
 
 def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> Trace:
-    """Record one forward pass of `model` on `example_inputs`.
+    """Record one forward pass of `model` on `example_inputs`, on fake tensors or, where its code asks for values, real ones.
 
     Args:
         model: any module; left as it was (buffers and modes included).
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments). Only shapes, dtypes
-            and devices of tensors are read.
+            and devices of tensors are read, unless the code asks for values.
         training: record in train mode instead of eval mode.
 
     Raises:
         TraceError: the forward pass fails on these inputs.
     """
     trace, error = record_partly(model, example_inputs, training=training)
+    if error is not None and isinstance(error.__cause__, _ASKS) and not _on_meta(model, example_inputs):
+        asks_at = line_of(error.__cause__) or "a line that is not known"
+        trace, error = record_partly(model, example_inputs, training=training, asks_at=asks_at)
     if error is not None:
         raise error
     return trace
@@ -268,13 +279,15 @@ def record_partly(
     *,
     training: bool = False,
     watch: Callable[[Recorder], AbstractContextManager[None]] | None = None,
+    asks_at: str = "",
 ) -> tuple[Trace, TraceError | None]:
     """As `record`; where the forward pass fails, what was recorded so far and the error.
 
-    `watch` is entered around the forward pass, to look on as the recorder works.
+    `watch` is entered around the forward pass, to look on as the recorder works. With `asks_at`, the line where the code is
+    known to ask for values, the pass runs on copies of the real tensors, random numbers seeded.
     """
     args, kwargs = as_call(example_inputs)
-    trace = Trace()
+    trace = Trace(asks_at=asks_at)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Tensor] = {}
 
@@ -282,7 +295,7 @@ def record_partly(
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in memo:
-            memo[id(leaf)] = fake.from_tensor(leaf.detach())
+            memo[id(leaf)] = leaf.detach().clone() if asks_at else fake.from_tensor(leaf.detach())
         return memo[id(leaf)]
 
     # A module that is registered under two names must be swapped once: `functional_call` would put the fake back.
@@ -319,7 +332,11 @@ def record_partly(
         while given:  # no name may hold a fake tensor after the trace
             recorder.register(given.pop(0), "input")
         try:
-            with fake, recorder, watch(recorder) if watch else nullcontext():
+            with (
+                seeded(model) if asks_at else fake,
+                recorder,
+                watch(recorder) if watch else nullcontext(),
+            ):
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         except Exception as error:
             failure = TraceError(_what_failed(model, example_inputs, error))
@@ -332,6 +349,14 @@ def record_partly(
     named.clear()
     drop_cached_fakes(alive)
     return trace, None
+
+
+_ASKS = (DynamicOutputShapeException, DataDependentOutputException)
+
+
+def _on_meta(model: nn.Module, example_inputs: Inputs) -> bool:
+    leaves = [*model.parameters(), *model.buffers(), *tree_flatten(example_inputs)[0]]
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def tensors_of(out: Any) -> list[Tensor]:
@@ -353,7 +378,7 @@ def tensors_of(out: Any) -> list[Tensor]:
 
 def _what_failed(model: nn.Module, example_inputs: Inputs, error: Exception) -> str:
     """The message of a forward pass that could not be recorded, with a remedy that fits."""
-    if not isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+    if not isinstance(error, _ASKS):
         return (
             f"{type(model).__name__} could not be run on the example inputs ({_shapes(example_inputs)}): "
             f"{type(error).__name__}: {error}. Give inputs that `model(...)` accepts: a tensor, a tuple of "
@@ -368,8 +393,8 @@ def _what_failed(model: nn.Module, example_inputs: Inputs, error: Exception) -> 
         why = "it makes a Python number of a tensor's value"
         remedy = "compute with the tensor itself (`torch.where` instead of `if`), or pass the number to `model(...)`"
     return (
-        f"{type(model).__name__} cannot be traced: {error.func}{where}: {why}, and a trace knows shapes only. In forward, "
-        f"{remedy}; or do that step outside the model, in the loss, say."
+        f"{type(model).__name__} cannot be traced: {error.func}{where}: {why}, and on the meta device there are shapes only. In "
+        f"forward, {remedy}; or do that step outside the model, in the loss, say."
     )
 
 

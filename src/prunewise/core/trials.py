@@ -32,7 +32,7 @@ def _trial(branches: list[Branch], model: nn.Module, example_inputs: Inputs, tra
     """What goes wrong when these branches (none inside another) are dropped; None if all is as predicted."""
     stubs = {stub.path for b in branches for stub in b.stubs}
     with swapped(model, branches):
-        new, error = record_partly(model, example_inputs)
+        new, error = record_partly(model, example_inputs, asks_at=trace.asks_at)
     if error is not None:
         return f"without it the forward pass fails: {error.__cause__}"
     inside = {i for b in branches for i in b.inside}

@@ -106,6 +106,15 @@ def forget_caches(model: nn.Module) -> None:
 
 
 @contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """The same random numbers every time, and the random state put back."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Without the stack that torch logs for every operation that fails on fake tensors: ours are expected."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")

@@ -19,6 +19,7 @@ from torch import nn
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.cost import CostModel
 from prunewise.core.graph import Parts, RebuiltModule
+from prunewise.core.labels import Layout
 from prunewise.core.structure import Pass
 from prunewise.core.trace import Inputs, Op, Trace, record_partly
 
@@ -57,10 +58,7 @@ def _fit_pass(
     parts: Parts | None,
 ) -> tuple[Trace, str | None]:
     """The last trace of `small`, and what still differs."""
-    predicted = [
-        [costs.shape(each.layouts[o], widths) if o in each.layouts else each.trace.tensors[o].shape for o in op.outputs]
-        for op in each.trace.ops
-    ]
+    predicted = [[_predicted(costs, each, o, widths) for o in op.outputs] for op in each.trace.ops]
     new, at, problem = _first_difference(small, inputs, each.trace, predicted, training, parts)
     originals: Originals = {}
     own: set[str] = set()  # attributes that were set on a single module
@@ -97,6 +95,20 @@ def _fit_pass(
     return new, problem
 
 
+def _predicted(costs: CostModel, each: Pass, tensor: int, widths: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that a tensor should have; -1 where values decide a size that no channels have."""
+    layout = each.layouts.get(tensor) or Layout(each.trace.tensors[tensor].shape)
+    shape = costs.shape(layout, widths)
+    if not each.trace.asks_at:
+        return shape
+    labelled = {dim for block in layout.blocks for dim in block.dims}
+    return tuple(n if d in labelled else -1 for d, n in enumerate(shape))
+
+
+def _fits(shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    return len(shape) == len(want) and all(b in (a, -1) for a, b in zip(shape, want, strict=True))
+
+
 def _moved_slice(new: Trace, costs: CostModel, keep: Mapping[str, tuple[int, ...]], each: Pass) -> str | None:
     """A slice or pick of channels whose position should have moved with the removed ones, and did not."""
     if [op.func for op in new.ops] != [op.func for op in each.trace.ops]:
@@ -128,7 +140,7 @@ def _first_difference(
     Views and copies are passed over: what they do shows in the operations that compute. So are the insides of
     modules that surgery put another class in the place of.
     """
-    new, error = record_partly(small, inputs, training=training)
+    new, error = record_partly(small, inputs, training=training, asks_at=old.asks_at)
     replaced = {n for n, m in small.named_modules() if isinstance(m, (PrunedMultiheadAttention, RebuiltModule))}
     before, after = ([op for op in _live(t, error is None) if _computes(op, replaced)] for t in (old, new))
     if parts is not None and not training:  # a module that others share is run under the name that it has first
@@ -139,7 +151,7 @@ def _first_difference(
         if a.func is not b.func or len(a.outputs) != len(b.outputs):
             return new, a.index, f"the pruned forward takes another path: {where} instead of {a.func}"
         for out, want in zip(b.outputs, predicted[a.index], strict=True):
-            if new.tensors[out].shape != want:
+            if not _fits(new.tensors[out].shape, want):
                 shape = new.tensors[out].shape
                 return (
                     new,
@@ -156,7 +168,7 @@ def _first_difference(
         return new, at, f"the pruned forward fails at {where}: {cause}"
     changed = _changed_constants(old, new)
     if changed:
-        again, _ = record_partly(small, inputs, training=training)
+        again, _ = record_partly(small, inputs, training=training, asks_at=old.asks_at)
         for place in sorted(changed.keys() - _changed_constants(new, again)):  # what changes by itself was drawn
             op, value = changed[place]
             where = f"{op.func} in {op.module or 'the model'} ({op.where})"
@@ -359,7 +371,7 @@ def _new_sizes(
             continue
         for out, new in zip(op.outputs, predicted[op.index], strict=True):
             for before, after in zip(shapes[out].shape, new, strict=True):
-                sizes.setdefault(before, set()).add(after)
+                sizes.setdefault(before, set()).add(before if after < 0 else after)
     return sizes
 
 

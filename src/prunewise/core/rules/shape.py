@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils._pytree import tree_flatten
 
 from prunewise.core.flow import Flow, Rectangle, rule
@@ -289,34 +290,43 @@ def constant_pad(flow: Flow, op: Op) -> Layout:
 @rule("index", "_unsafe_index")
 def index(flow: Flow, op: Op) -> Layout:
     """Indexing by tensors: the indexed dimensions are fixed, the others pass."""
-    layout = flow.of(op.args["self"])
-    indices = op.args["indices"]
-    if any(isinstance(i, Ref) and "bool" in str(flow.trace.tensors[i.id].dtype) for i in indices):
-        return _opaque(flow, op)
-    used = [d for d, i in enumerate(indices) if i is not None]
-    layout = flow.fix(layout, used, op)
-    for i in indices:
+    used, at = _indexed(flow, op)
+    layout = flow.fix(flow.of(op.args["self"]), used, op)
+    for i in op.args["indices"]:
         if isinstance(i, Ref):
             flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
-    return _picked(flow, op, layout, used)
+    shape = flow.shape(op.outputs[0])
+    return _picked(layout, used, at, shape[at : at + len(shape) - (len(layout.shape) - len(used))])
 
 
-def _picked(flow: Flow, op: Op, layout: Layout, used: Sequence[int]) -> Layout:
-    """The layout of what is indexed by tensors along the dimensions `used`, in which nothing is labelled."""
-    indexed = np.broadcast_shapes(*(flow.shape(i.id) for i in op.args["indices"] if isinstance(i, Ref)))
-    rank_of_index = len(indexed)
+def _indexed(flow: Flow, op: Op) -> tuple[list[int], int]:
+    """The dimensions that are indexed, and where what the indices pick stands in the result."""
+    used: list[int] = []
+    dim = 0
+    for i in op.args["indices"]:
+        if isinstance(i, Ref):
+            mask = flow.trace.tensors[i.id].dtype in (torch.bool, torch.uint8)
+            taken = len(flow.shape(i.id)) if mask else 1
+            used += range(dim, dim + taken)
+            dim += taken
+        else:
+            dim += 1
     contiguous = used == list(range(used[0], used[0] + len(used)))
-    at = used[0] if contiguous else 0
+    return used, used[0] if contiguous else 0
+
+
+def _picked(layout: Layout, used: Sequence[int], at: int, picked: tuple[int, ...]) -> Layout:
+    """The layout of what is indexed along the dimensions `used`, in which nothing is labelled."""
     to, new = {}, 0
     for d in range(len(layout.shape)):
         if d in used:
             continue
         if new == at:
-            new += rank_of_index
+            new += len(picked)
         to[d] = new
         new += 1
     free = [layout.shape[d] for d in to]
-    return layout.moved((*free[:at], *indexed, *free[at:]), to)
+    return layout.moved((*free[:at], *picked, *free[at:]), to)
 
 
 @rule("index_select", "index_select_backward")
@@ -361,13 +371,19 @@ def scatter(flow: Flow, op: Op) -> Layout:
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(flow: Flow, op: Op) -> Layout:
     """As `index`, with values written instead of read."""
-    masks = [i for i in op.args["indices"] if isinstance(i, Ref) and "bool" in str(flow.trace.tensors[i.id].dtype)]
-    if masks:
-        return _opaque(flow, op)
-    used = [d for d, i in enumerate(op.args["indices"]) if i is not None]
+    used, at = _indexed(flow, op)
     x = flow.fix(flow.of(op.args["self"]), used, op)
-    picked = _picked(flow, op, x, used)
-    flow.join([picked, flow.of(op.args["values"])], picked.shape, op)
+    given = [i for i in op.args["indices"] if isinstance(i, Ref)]
+    for i in given:
+        flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
+    values = flow.of(op.args["values"])
+    masks = [i for i in given if flow.trace.tensors[i.id].dtype in (torch.bool, torch.uint8)]
+    shapes = [flow.shape(i.id) for i in given if i not in masks]
+    behind = len(x.shape) - len(used) - at  # dimensions after what is picked
+    if masks:  # how many a mask picks shows in the values, if at all
+        shapes.append(values.shape[len(values.shape) - behind - 1 :][:1] if len(values.shape) > behind else (1,))
+    picked = _picked(x, used, at, np.broadcast_shapes(*shapes))
+    flow.join([picked, values], picked.shape, op)
     return x
 
 
