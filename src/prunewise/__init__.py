@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from prunewise.samples.selector import SampleSelector
     from prunewise.samples.suspecting import Suspects, suspects
     from prunewise.samples.tracking import track
+    from prunewise.scoring import score_samples
     from prunewise.sparse_io import SparseSize, load_sparse, save_sparse, sparse_size
 
 __version__ = "0.1.0"
@@ -112,6 +113,7 @@ __all__ = [
     "plot_histogram",
     "save_pruned",
     "save_sparse",
+    "score_samples",
     "select_subset",
     "sparse_size",
     "sparsify_",
@@ -150,6 +152,7 @@ _HOMES = {
     "layers.profile": ("Compactness",),
     "layers.semi_structured": ("to_semi_structured_",),
     "layers.sparsify": ("attach_masks_", "make_permanent_", "sparsify_"),
+    "scoring": ("score_samples",),
     "recipes": ("CompressReport", "CompressResult", "allocate_channels", "compress"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prunewise.cli.options import add_model_options
+from prunewise.cli.options import add_model_options, make_folder
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 HELP = "the sparsity of each layer that one total calls for, as a plan"
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     from prunewise._files import write_json
     from prunewise.cli.loading import load_data, load_model
 
+    if args.out is not None:
+        make_folder(args.out)
     model = load_model(args.model)
     plan = pw.allocate(
         model,
@@ -46,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
         exclude=args.exclude,
     )
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, plan.to_dict())
     if args.json:
         print_json(plan.to_dict())

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from prunewise.cli import allocate, cost, demo, list_, prune, report
+from prunewise.cli import allocate, cost, demo, list_, prune, report, score
 from prunewise.cli.config import config_arguments
 from prunewise.cli.options import UsageError, add_common_options
 from prunewise.cli.output import print_error, print_line
@@ -37,6 +37,7 @@ VERBS: dict[str, Verb] = {
     "list": list_,
     "prune": prune,
     "allocate": allocate,
+    "score": score,
     "report": report,
 }
 

@@ -74,6 +74,16 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder of an output file before the work begins, so that nothing is computed in vain."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from None
+    if out.is_dir():
+        raise UsageError(f"--out {out}: a folder, expected a file")
+
+
 def amount(text: str) -> int | float:
     """A share of the original (0.5) or a count (60_000_000), told apart by the decimal point.
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import UsageError
+from prunewise.cli.options import UsageError, make_folder
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     """Read, summarise, save and print."""
     if args.suspects < 0:
         raise UsageError(f"--suspects {args.suspects}: expected a count")
+    if args.out is not None:
+        make_folder(args.out)
 
     from prunewise import SampleScores
     from prunewise._files import write_json
@@ -49,12 +51,11 @@ def run(args: argparse.Namespace) -> None:
     targets = load_targets(args.targets) if args.targets else None
     result = summary(SampleScores.from_parquet(args.scores), targets, args.suspects)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     if args.json:
         print_json(result)
     else:
-        _print(str(args.scores), result)
+        print_summary(str(args.scores), result)
 
 
 def summary(scores: SampleScores, targets: Any, limit: int) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def summary(scores: SampleScores, targets: Any, limit: int) -> dict[str, Any]:
     }
 
 
-def _print(title: str, result: dict[str, Any]) -> None:
+def print_summary(title: str, result: dict[str, Any]) -> None:
+    """What `summary` found, as tables."""
     from prunewise.samples.showing import cell
 
     counts, edges = result["learnability"]["counts"], result["learnability"]["edges"]

@@ -129,7 +129,7 @@ class Trace:
         wanted = set(self.outputs)
         live = set()
         for op in reversed(self.ops):
-            if op.writes or op.tells or not wanted.isdisjoint(op.outputs):
+            if op.writes or (self.asks_at and op.tells) or not wanted.isdisjoint(op.outputs):
                 live.add(op.index)
                 wanted.update(op.inputs)
         return live

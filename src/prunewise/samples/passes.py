@@ -35,11 +35,16 @@ def record_pass(
         for batch in loader:
             if device is not None:
                 batch = moved(batch, device)
-            ids, logits, targets = _forward(model, batch) if forward is None else forward(model, batch)
+            ids, logits, targets = forward_batch(model, batch) if forward is None else forward(model, batch)
             recorder.update(ids, logits, targets)
 
 
-def _forward(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
+def forward_batch(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
+    """(sample ids, logits, targets) of a batch of a tracked data set: (inputs, targets, sample ids), or a dict.
+
+    Raises:
+        DataError: the batch has another form.
+    """
     if isinstance(batch, Mapping) and FIELD in batch:
         label = next((name for name in LABELS if name in batch), None)
         if label is not None:

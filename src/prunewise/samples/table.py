@@ -34,7 +34,7 @@ def write_table(scores: SampleScores, path: str | os.PathLike[str]) -> None:
     """See `SampleScores.to_parquet`."""
     from prunewise.samples.scores import COLUMNS
 
-    arrow, parquet = _pyarrow()
+    arrow, parquet = require_pyarrow()
     for key, kind in _INFO.items():
         value = scores.info.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -65,7 +65,7 @@ def read_table(path: str | os.PathLike[str]) -> SampleScores:
     """See `SampleScores.from_parquet`."""
     from prunewise.samples.scores import COLUMNS, SampleScores
 
-    arrow, parquet = _pyarrow()
+    arrow, parquet = require_pyarrow()
     target = Path(path)
     for file in (target, manifest_path(target)):
         if not file.exists():
@@ -114,7 +114,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def require_pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet.
+
+    Raises:
+        PrunewiseError: they are not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,0 +1,73 @@
+"""`prunewise score`: a training that tells how learnable each of its samples is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from prunewise.cli.options import UsageError, add_model_options, make_folder
+from prunewise.cli.output import print_json, print_line
+from prunewise.cli.report import print_summary, summary
+
+HELP = "how learnable the samples of a training are: trains a model and saves their scores"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add_model_options(parser, traced=False)
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of training (%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD at the start (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="save the run's state here after every epoch, and go on from it if the run was stopped",
+    )
+    parser.add_argument(
+        "--suspects", metavar="N", type=int, default=10, help="show so many suspects, worst first (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("runs/scores.parquet"), help="the scores (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, save and print."""
+    if not args.data:
+        raise UsageError("scores come from a training: give --data, a loader over prunewise.track(dataset)")
+    if args.suspects < 0:
+        raise UsageError(f"--suspects {args.suspects}: expected a count")
+    if not args.lr > 0:
+        raise UsageError(f"--lr {args.lr}: expected a number above 0")
+    make_folder(args.out)
+
+    import torch
+
+    import prunewise as pw
+    from prunewise.cli.loading import load_data, load_model
+    from prunewise.samples.table import require_pyarrow
+
+    require_pyarrow()
+    torch.manual_seed(args.seed)  # the factory's weights
+    model = load_model(args.model)
+    scores = pw.score_samples(
+        model,
+        load_data(args.data)[0],
+        epochs=args.epochs,
+        optimizer=lambda parameters: torch.optim.SGD(
+            parameters, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+    )
+    scores.to_parquet(args.out)
+    result = summary(scores, None, args.suspects)
+    if args.json:
+        print_json({**result, "out": str(args.out)})
+        return
+    print_summary(args.model, result)
+    print_line()
+    print_line(
+        f"saved in {args.out}; read it with prunewise.SampleScores.from_parquet, or show it with prunewise report"
+    )

@@ -1,0 +1,201 @@
+"""A training that is there to tell how learnable its samples are: for those with no loop of their own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunewise._progress import progress as shown_progress
+from prunewise._state import load_state, save_state
+from prunewise._training import check_settings, cosine, make_optimizer, own_randomness, seed_epoch
+from prunewise.core.batch import moved
+from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
+from prunewise.core.plan import fingerprint
+from prunewise.core.slices import copied
+from prunewise.samples.ids import SampleIndex
+from prunewise.samples.passes import forward_batch
+from prunewise.samples.recorder import LearnabilityRecorder
+from prunewise.samples.scores import SampleScores
+from prunewise.samples.tracking import TrackedDataset
+
+_STATE = "scoring"
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def score_samples(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    epochs: int,
+    loss: Criterion | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    lr_schedule: Callable[[float], float] = cosine,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SampleScores:
+    """Train a copy of `model` and record hits and misses of every sample on the way. The given model is not changed.
+
+    Start from untrained weights: what a trained network knows already says little of its samples. In a loop of your own,
+    `LearnabilityRecorder.update` is all it takes.
+
+    Args:
+        model: a classifier, on the device where it is to train.
+        train_loader: a DataLoader over `track(dataset)`: batches (inputs, targets, sample ids), or dicts with `labels` and
+            `sample_id`, whose other entries are the model's keywords.
+        epochs: E; a sample's learnability is its share of hits in E observations.
+        loss: called with logits and targets, returns one number; default: cross-entropy.
+        optimizer: makes an optimizer of the list of parameters; default: SGD, learning rate 0.01, Nesterov momentum 0.9,
+            weight decay 5e-4.
+        lr_schedule: factor of the learning rate at a share of the run in [0, 1); default: half a cosine.
+        seed: of all that is random in the training.
+        checkpoint: a folder of this run alone, saved to after every epoch; a call with the same arguments goes on from there.
+        progress: show a bar (with rich, on a terminal) or a line an epoch, on stderr.
+
+    Raises:
+        DataError: the data set is not tracked, the loader or a setting cannot be used.
+        NonFiniteError: the loss is not finite; nothing of that step was applied.
+        CheckpointError: the folder holds another run, or is damaged.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from prunewise.samples.tracking import track
+        >>> _ = torch.manual_seed(0)
+        >>> data = track([(torch.randn(4), i % 2) for i in range(32)])
+        >>> scores = score_samples(nn.Linear(4, 2), DataLoader(data, 8, shuffle=True), epochs=3, progress=False)
+        >>> len(scores), int(scores.observations[0])
+        (32, 3)
+    """
+    check_settings(train_loader, epochs, seed, None)
+    index = _index_of(train_loader)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss or nn.functional.cross_entropy
+    network, steps = copied(model), len(train_loader)  # type: ignore[arg-type]
+    made = make_optimizer(optimizer, network)
+    rates = [float(group["lr"]) for group in made.param_groups]
+    recorder, labels = LearnabilityRecorder(len(index), ids=index), _Labels(len(index))
+    settings = {
+        "model": fingerprint(model), "samples": len(index), "epochs": epochs, "steps": steps, "seed": seed, "rates": rates,
+        "optimizer": type(made).__qualname__,
+    }  # fmt: skip
+    folder = None if checkpoint is None else Path(checkpoint)
+    first = 0 if folder is None else _resume(folder, settings, network, made, recorder, labels)
+    with own_randomness(device, train_loader), shown_progress(progress, epochs * steps, "score") as display:
+        for epoch in range(first, epochs):
+            seed_epoch(train_loader, seed, epoch)
+            network.train()
+            summed = 0.0
+            for step, batch in enumerate(train_loader):
+                for group, rate in zip(made.param_groups, rates, strict=True):
+                    group["lr"] = rate * float(lr_schedule((epoch * steps + step) / (epochs * steps)))
+                ids, logits, targets = forward_batch(network, moved(batch, device))
+                value = criterion(logits, targets)
+                summed += _finite(value, epoch, step)
+                made.zero_grad(set_to_none=True)
+                value.backward()
+                made.step()
+                recorder.update(ids, logits.detach(), targets)
+                labels.note(ids, targets)
+                display.step(epoch * steps + step + 1)
+            if folder is not None:
+                save_state(folder, _STATE, _state(settings, epoch + 1, network, made, recorder, labels))
+            display.line(f"epoch {epoch + 1}/{epochs}  loss {summed / steps:.4f}")
+    return recorder.scores(labels.all(), model=type(model).__name__, seed=seed)
+
+
+def _index_of(loader: Any) -> SampleIndex:
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and not isinstance(dataset, TrackedDataset):
+        dataset = getattr(dataset, "dataset", None)  # of a Subset, say
+    if dataset is None:
+        raise DataError(
+            "the loader's data set does not say which sample is which: make the loader of prunewise.track(dataset)"
+        )
+    return dataset.index
+
+
+class _Labels:
+    """The class of every sample, as far as it was seen; none where targets are no classes."""
+
+    def __init__(self, n: int) -> None:
+        self.values: Tensor | None = torch.full((n,), -1)
+
+    def note(self, ids: Any, targets: Tensor) -> None:
+        plain = isinstance(ids, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
+        if self.values is None or not plain:
+            self.values = None
+            return
+        self.values = self.values.to(targets.device)
+        self.values[ids.to(targets.device)] = targets.long()
+
+    def all(self) -> Any:
+        """The N labels; None where they are not all known."""
+        return None if self.values is None or bool((self.values < 0).any()) else self.values.cpu().numpy()
+
+
+def _finite(value: Any, epoch: int, step: int) -> float:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"the loss should be one number and is {shown}: reduce it (mean) before it is returned")
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise NonFiniteError(
+            f"the loss is {number} at epoch {epoch + 1}, step {step + 1}; nothing of this step was applied, and the given model "
+            "is as it was. Look at the data and the model's weights, or lower the learning rate"
+        )
+    return number
+
+
+def _state(
+    settings: dict[str, Any],
+    epoch: int,
+    network: nn.Module,
+    made: torch.optim.Optimizer,
+    recorder: LearnabilityRecorder,
+    labels: _Labels,
+) -> dict[str, Any]:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {
+        "settings": settings, "epoch": epoch, "model": tensors, "optimizer": made.state_dict(),
+        "recorder": recorder.state_dict(), "labels": labels.values,
+    }  # fmt: skip
+
+
+def _resume(
+    folder: Path,
+    settings: dict[str, Any],
+    network: nn.Module,
+    made: torch.optim.Optimizer,
+    recorder: LearnabilityRecorder,
+    labels: _Labels,
+) -> int:
+    """Take up what lies in the folder; the number of epochs done."""
+    state = load_state(folder, _STATE)
+    if state is None:
+        return 0
+    try:
+        for key, value in settings.items():
+            found = state["settings"].get(key)
+            if found != value:
+                raise CheckpointError(
+                    f"{folder} holds another run: its {key} is {str(found)[:80]}, this call's {str(value)[:80]}. Give the same "
+                    "arguments to go on with it; name another folder, or delete this one, to start anew"
+                )
+        recorder.load_state_dict(state["recorder"])
+        made.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
+                tensor.copy_(state["model"][name])
+        labels.values = state["labels"]
+        return int(state["epoch"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} is damaged ({error}): delete it to start anew") from error

@@ -1,0 +1,127 @@
+"""Scores for those with no loop of their own: the same as those of a loop by hand, and nothing of the user's is changed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import prunewise as pw
+from prunewise._training import cosine, seed_epoch
+
+N, EPOCHS = 60, 4
+X = torch.randn(N, 5, generator=torch.Generator().manual_seed(3))
+Y = (X[:, 0] > 0).long()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(pw.track(list(zip(X, Y, strict=True))), 16, shuffle=True, **options)
+
+
+def by_hand(model: nn.Module, batches: DataLoader[Any]) -> pw.SampleScores:
+    """The same training, spelled out."""
+    made = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    recorder, step, total = pw.LearnabilityRecorder(N), 0, EPOCHS * len(batches)
+    for epoch in range(EPOCHS):
+        seed_epoch(batches, 7, epoch)
+        model.train()
+        for x, y, ids in batches:
+            made.param_groups[0]["lr"] = 0.01 * cosine(step / total)
+            logits = model(x)
+            made.zero_grad()
+            nn.functional.cross_entropy(logits, y).backward()
+            made.step()
+            recorder.update(ids, logits.detach(), y)
+            step += 1
+    return recorder.scores(Y)
+
+
+def test_equal_to_a_loop_by_hand() -> None:
+    model = network()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    scores = pw.score_samples(model, loader(), epochs=EPOCHS, seed=7, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    want = by_hand(network(), loader())
+    for name in ("observations", "hits", "learnability", "forgetting", "aum", "el2n", "confidence", "variability"):
+        np.testing.assert_array_equal(getattr(scores, name), getattr(want, name), name)
+    assert scores.info["label_hash"] == want.info["label_hash"] is not None
+    assert (scores.info["model"], scores.info["seed"]) == ("Sequential", 7)
+
+
+class Stops(nn.Module):
+    """A loss that fails at its n-th call."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(logits, targets)
+
+
+def test_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = pw.score_samples(network(), loader(), epochs=EPOCHS, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        pw.score_samples(network(), loader(), epochs=EPOCHS, loss=Stops(11), checkpoint=tmp_path, progress=False)
+    again = pw.score_samples(network(), loader(), epochs=EPOCHS, checkpoint=tmp_path, progress=False)
+    np.testing.assert_array_equal(whole.aum, again.aum)
+    assert whole.info == again.info
+    done = pw.score_samples(network(), loader(), epochs=EPOCHS, checkpoint=tmp_path, progress=False)
+    np.testing.assert_array_equal(whole.aum, done.aum)
+    with pytest.raises(pw.CheckpointError, match="holds another run: its seed is 0, this call's 1"):
+        pw.score_samples(network(), loader(), epochs=EPOCHS, seed=1, checkpoint=tmp_path, progress=False)
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+    with pytest.raises(pw.CheckpointError):
+        pw.score_samples(network(), loader(), epochs=EPOCHS, checkpoint=tmp_path, progress=False)
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = network()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(x)}
+
+
+def test_dicts_subsets_and_own_ids() -> None:
+    rows = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    data = pw.track(rows, ids=[f"s{i}" for i in range(N)])
+    part = Subset(data, range(0, N, 2))
+    scores = pw.score_samples(ByName(), DataLoader(part, 10), epochs=2, progress=False)
+    assert list(scores.sample_id[:3]) == ["s0", "s1", "s2"]
+    assert scores.observations.tolist() == [2, 0] * (N // 2)
+    assert scores.info["label_hash"] is None, "the labels of the others are not known"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"train_loader": DataLoader(list(zip(X, Y, strict=True)), 8)}, pw.DataError, r"prunewise\.track\(dataset\)"),
+        ({"train_loader": [(X, Y)]}, pw.DataError, r"prunewise\.track\(dataset\)"),
+        ({"epochs": 0}, pw.DataError, "epochs=0 should be an int of at least 1"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, pw.DataError, r"one number and is \(16,\)"),
+        ({"loss": lambda logits, targets: logits.sum() * float("nan")}, pw.NonFiniteError, "the loss is nan at epoch 1, step 1"),
+        ({"optimizer": lambda parameters: None}, pw.DataError, "optimizer= gave a NoneType"),
+        ({"model": nn.Flatten()}, pw.DataError, "no parameter"),
+    ],
+)  # fmt: skip
+def test_bad_input(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    settings = {"model": network(), "train_loader": loader(), "epochs": 1, **given}
+    with pytest.raises(error, match=message):
+        pw.score_samples(settings.pop("model"), settings.pop("train_loader"), **settings, progress=False)
