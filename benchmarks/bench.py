@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,37 @@ class Clock:
         """Raise OutOfTime where another `seconds` would be too much."""
         if self.limit is not None and self.passed + 1.15 * seconds > self.limit:
             raise OutOfTime
+
+
+def fill(
+    path: Path,
+    key: Sequence[str],
+    cells: Iterable[records.Record],
+    measure: Callable[[records.Record], Mapping[str, float]],
+    facts: Mapping[str, Any],
+    seed: int,
+    limit: float | None,
+) -> int:
+    """Measure the cells that the file lacks, a line each; the exit code. Cells are the same where all of `key` is."""
+    done = {tuple(r[name] for name in key) for r in records.read([path]) if r["kind"] == "cell"}
+    clock, run, longest, started = Clock(limit), uuid.uuid4().hex[:8], 0.0, False
+    for cell in cells:
+        if tuple(cell[name] for name in key) in done:
+            continue
+        try:
+            clock.require(longest)
+        except OutOfTime:
+            print("out of time; the same command goes on from here", file=sys.stderr)
+            return STOPPED
+        begun = Clock(None)
+        found = measure(cell)
+        longest = max(longest, begun.passed)
+        if not started:
+            records.append(path, {"kind": "run", "run": run, **facts, **circumstances(seed)})
+            started = True
+        records.append(path, {**cell, **found, "run": run})
+        print(*(cell[name] for name in key), *(f"{name} {value:.4f}" for name, value in found.items()), flush=True)
+    return 0
 
 
 def circumstances(seed: int) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
+from bench import add_run_options, fill, table
 from data import DATA_SETS, Images
 from models import SMALL
 from safetensors.torch import load_file
@@ -103,29 +103,13 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bed = Bed(args)
-    clock, run, longest = Clock(args.time_limit), uuid.uuid4().hex[:8], 0.0
-    done = {key_of(r) for r in records.read([results]) if r["kind"] == "cell"}
-    started = False
-    for allocator in args.allocators:
-        cells = [cell for cell in wanted(args, allocator) if key_of(cell) not in done]
-        if not cells:
-            continue
-        plans = bed.plans(allocator)
-        for cell in cells:
-            try:
-                clock.require(longest)
-            except OutOfTime:
-                print("out of time; the same command goes on from here", file=sys.stderr)
-                return STOPPED
-            begun = Clock(None)
-            found = bed.measure(plans(cell["sparsity"]), cell)
-            longest = max(longest, begun.passed)
-            if not started:
-                records.append(results, {"kind": "run", "run": run, **bed.facts, **circumstances(args.seeds[0])})
-                started = True
-            records.append(results, {**cell, **found, "run": run})
-            print(*(cell[name] for name in KEY[:7]), f"{100 * found['accuracy']:.2f}", flush=True)
-    return 0
+    plans = functools.lru_cache(1)(bed.plans)  # cells come allocator by allocator
+
+    def measure(cell: records.Record) -> dict[str, float]:
+        return bed.measure(plans(cell["allocator"])(cell["sparsity"]), cell)
+
+    cells = (cell for allocator in args.allocators for cell in wanted(args, allocator))
+    return fill(results, KEY, cells, measure, bed.facts, args.seeds[0], args.time_limit)
 
 
 def wanted(args: argparse.Namespace, allocator: str) -> Iterator[records.Record]:
@@ -138,10 +122,6 @@ def wanted(args: argparse.Namespace, allocator: str) -> Iterator[records.Record]
                 "method": method, "sparsity": sparsity, "seed": seed, "images": args.images,
                 "tune_images": args.tune_images if tuned else None, "tune_lr": args.tune_lr if tuned else None,
             }  # fmt: skip
-
-
-def key_of(record: records.Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in KEY)
 
 
 class Bed:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import pydoc_data.topics
 import random
 import statistics
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
-from layers import ALLOCATORS, DEFAULT
+from bench import add_run_options, fill, table
+from layers import ALLOCATORS, DEFAULT, Plans
 from models import MobileNetV2
 from torch import Tensor, nn
 from zoo_listing import define_torchvision_operators
@@ -78,37 +78,23 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bed = BEDS[args.model](args)
-    clock, run, longest, started = Clock(args.time_limit), uuid.uuid4().hex[:8], 0.0, False
-    done = {key_of(r) for r in records.read([results]) if r["kind"] == "cell"}
-    for allocator in args.allocators:
-        cells = [cell for cell in wanted(args, bed, allocator) if key_of(cell) not in done]
-        if not cells:
-            continue
-        plans = allocation(bed.model, bed.layers, allocator, bed.calibration, loss=bed.loss)
-        for cell in cells:
-            try:
-                clock.require(longest)
-            except OutOfTime:
-                print("out of time; the same command goes on from here", file=sys.stderr)
-                return STOPPED
-            begun = Clock(None)
-            model = copy.deepcopy(bed.model)
-            plan = plans(cell["sparsity"])
-            pw.sparsify_(model, plan, cell["method"], data=bed.calibration, seed=args.seed, progress=False)
-            make_permanent_(model)
-            found = bed.measure(model.eval())
-            longest = max(longest, begun.passed)
-            if not started:
-                facts = {
-                    "model": args.model,
-                    "weights": sum(x.size for x in bed.layers),
-                    "calibration": args.calibration,
-                }
-                records.append(results, {"kind": "run", "run": run, **facts, **bed.facts, **circumstances(args.seed)})
-                started = True
-            records.append(results, {**cell, **found, "run": run})
-            print(*(cell[name] for name in KEY), *(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
-    return 0
+    facts = {
+        "model": args.model, "weights": sum(x.size for x in bed.layers), "calibration": args.calibration, **bed.facts,
+    }  # fmt: skip
+
+    @functools.lru_cache(1)  # cells come allocator by allocator
+    def plans(allocator: str) -> Plans:
+        return allocation(bed.model, bed.layers, allocator, bed.calibration, loss=bed.loss)
+
+    def measure(cell: records.Record) -> dict[str, float]:
+        model = copy.deepcopy(bed.model)
+        plan = plans(cell["allocator"])(cell["sparsity"])
+        pw.sparsify_(model, plan, cell["method"], data=bed.calibration, seed=args.seed, progress=False)
+        make_permanent_(model)
+        return bed.measure(model.eval())
+
+    cells = (cell for allocator in args.allocators for cell in wanted(args, bed, allocator))
+    return fill(results, KEY, cells, measure, facts, args.seed, args.time_limit)
 
 
 def wanted(args: argparse.Namespace, bed: Any, allocator: str) -> Iterator[records.Record]:
@@ -118,10 +104,6 @@ def wanted(args: argparse.Namespace, bed: Any, allocator: str) -> Iterator[recor
             "kind": "cell", "model": args.model, "allocator": allocator, "method": method,
             "sparsity": sparsity, "seed": args.seed, "test": args.test,
         }  # fmt: skip
-
-
-def key_of(record: records.Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in KEY)
 
 
 class Sentences(nn.Module):
