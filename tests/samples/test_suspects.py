@@ -56,6 +56,16 @@ def test_worst_first_with_what_is_known_of_them() -> None:
     assert len(pw.suspects(s, np.arange(7) * 2, threshold=0.9)) == 1
 
 
+def test_ids_of_others_cannot_break_the_table() -> None:
+    margins = np.where(np.arange(40) < 2, -0.95, 0.9)
+    ids = np.array(["a|b", "\x1b[2J\nc", *(f"x{i}" for i in range(38))])
+    found = pw.suspects(scores_of((1 + margins) / 2, margins=margins, sample_id=ids), np.zeros(40, np.int64))
+    table = found.table()
+    assert r"| a\|b | 0.950 |" in table
+    assert len(table.splitlines()) == 2 + len(found)
+    assert "\x1b" not in table
+
+
 Floats = npt.NDArray[np.float64]
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from prunewise.core.errors import DataError
 from prunewise.samples.mirroring import FEWEST, Split, mirrored_split
 from prunewise.samples.scores import Floats, Ints, SampleScores
+from prunewise.samples.showing import cell
 
 EL2N_WINDOW = 10  # as the recorder has it by default
 
@@ -48,9 +49,8 @@ class Suspects:
         """The worst ones, as Markdown."""
         lines = ["| sample | score | label | proposed |", "| --- | --- | --- | --- |"]
         for i in range(min(rows, len(self))):
-            lines.append(
-                f"| {self.sample_id[i]} | {self.score[i]:.3f} | {self.given_label[i]} | {self.proposed_label[i]} |"
-            )
+            cells = [self.sample_id[i], f"{self.score[i]:.3f}", self.given_label[i], self.proposed_label[i]]
+            lines.append("| " + " | ".join(cell(each).replace("|", "\\|") for each in cells) + " |")
         return "\n".join(lines)
 
 
