@@ -28,7 +28,14 @@ from prunewise._files import (
     write_json,
 )
 from prunewise.core import inputs as _inputs
-from prunewise.core.errors import AlreadyGatedError, CheckpointError, PlanError, PrunewiseError
+from prunewise.core.errors import (
+    AlreadyGatedError,
+    CheckpointError,
+    PlanError,
+    PrunewiseError,
+    TraceError,
+    VerificationError,
+)
 from prunewise.core.graph import RebuiltModule
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
@@ -202,7 +209,10 @@ def _rebuilt(
             if not isinstance(error, PlanError) and number + 1 < len(attempts):
                 continue
             why = error if isinstance(error, PrunewiseError) else f"{type(error).__name__}: {str(error)[:500]}"
-            remedy = ". It ran on made-up values: give example_inputs= where it needs real ones" if made_up else ""
+            ran = isinstance(error, (TraceError, VerificationError))
+            remedy = (
+                ". It ran on made-up values: give example_inputs= where it needs real ones" if made_up and ran else ""
+            )
             raise CheckpointError(
                 f"{where} does not fit the {type(model).__name__} that the factory builds: {why}{remedy}"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +174,33 @@ def test_there_are_no_values_on_the_meta_device() -> None:
     inputs = (torch.randn(2, 7, 5, device="meta"), torch.tensor([3, 5], device="meta"))
     with pytest.raises(pw.TraceError, match="makes a Python number of a tensor's value, and on the meta device"):
         pw.channel_groups(Trimmed().to("meta"), inputs)
+
+
+@pytest.mark.filterwarnings(FOLLOWED)
+def test_saved_and_loaded_with_real_inputs(tmp_path: Path) -> None:
+    """A plan holds shapes, and made-up zeros are no lengths."""
+    model, inputs = Trimmed(), (torch.randn(2, 7, 5), torch.tensor([3, 5]))
+    plan = pw.plan_channels(model, inputs, budget=pw.Budget(macs=0.6))
+    small = pw.apply_plan(model, plan, inputs)
+    pw.save_pruned(tmp_path / "small", small, plan)
+    loaded = pw.load_pruned(tmp_path / "small", Trimmed, example_inputs=inputs)
+    assert torch.equal(loaded(*inputs), small(*inputs))
+
+
+class Firm(Trimmed):
+    """Refuses what has no length."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if int(lengths.min()) < 1:
+            raise ValueError("an empty sequence")
+        return super().forward(x, lengths)
+
+
+@pytest.mark.filterwarnings(FOLLOWED)
+def test_a_model_that_does_not_take_made_up_inputs(tmp_path: Path) -> None:
+    model, inputs = Firm(), (torch.randn(2, 7, 5), torch.tensor([3, 5]))
+    plan = pw.plan_channels(model, inputs, budget=pw.Budget(macs=0.6))
+    pw.save_pruned(tmp_path / "small", pw.apply_plan(model, plan, inputs), plan)
+    with pytest.raises(pw.CheckpointError, match="an empty sequence.* made-up values: give example_inputs="):
+        pw.load_pruned(tmp_path / "small", Firm)
+    pw.load_pruned(tmp_path / "small", Firm, example_inputs=inputs)
