@@ -18,7 +18,7 @@ from prunewise._training import check_settings, cosine, make_optimizer, own_rand
 from prunewise.core.batch import moved
 from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
 from prunewise.core.plan import fingerprint
-from prunewise.core.slices import copied
+from prunewise.core.untouched import copied
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.passes import forward_batch
 from prunewise.samples.recorder import LearnabilityRecorder

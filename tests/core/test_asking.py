@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import prunewise as pw
+from prunewise.core.surgery import Surgeon
 from tests.oracle.gated import removable
 
 FOLLOWED = "ignore:.* asks for the values of tensors"
@@ -204,3 +205,49 @@ def test_a_model_that_does_not_take_made_up_inputs(tmp_path: Path) -> None:
     with pytest.raises(pw.CheckpointError, match="an empty sequence.* made-up values: give example_inputs="):
         pw.load_pruned(tmp_path / "small", Firm)
     pw.load_pruned(tmp_path / "small", Firm, example_inputs=inputs)
+
+
+class Told(nn.Module):
+    """The choice of an expert is read past the dispatcher."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.embed, self.router = way, nn.Linear(5, 8), nn.Linear(8, 2)
+        self.experts, self.head = nn.ModuleList(nn.Linear(8, 6) for _ in range(2)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        chosen = self.router(x).argmax(-1)
+        numbers = chosen.tolist() if self.way == "tolist" else chosen.numpy()
+        places = range(int((x[:, 0] > -99).sum()))
+        return self.head(torch.stack([self.experts[numbers[i]](x[i]) for i in places]).relu())
+
+
+@pytest.mark.filterwarnings(FOLLOWED)
+@pytest.mark.parametrize("way", ["tolist", "numpy"])
+def test_what_is_read_as_a_whole_decides_as_well(way: str) -> None:
+    """What the router reads must be masked for it, also where the tokens of the example go the same way."""
+    torch.manual_seed(0)
+    model = Told(way).double().eval()
+    surgeon = Surgeon.of(model, torch.randn(30, 5).double())
+    keep = {
+        g.name: tuple(range(1, g.size)) for g in surgeon.grouping.groups if g.prunable and g.name.startswith("embed")
+    }
+    assert keep
+    read = {m.name for g in surgeon.grouping.groups if g.name in keep for m in g.members if m.role == "in"}
+    assert "router.weight" in read
+
+
+class Compared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.head(self.b(x if not torch.equal(x, torch.zeros_like(x)) else x - 1).relu())
+
+
+@pytest.mark.filterwarnings(FOLLOWED)
+def test_channels_that_are_compared_stay() -> None:
+    assert removable(Compared(), torch.randn(4, 5)) == {"b": 6}

@@ -13,8 +13,8 @@ import prunewise as pw
 from prunewise.channels.oneshot import make_plan
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.sites import masked
-from prunewise.core.slices import copied
 from prunewise.core.surgery import Surgeon
+from prunewise.core.untouched import copied
 from tests.zoo import call, cast, flat_tensors, randomize_
 
 

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunewise.core.errors import VerificationError
 from prunewise.core.groups import Grouping
 from prunewise.core.sites import masked
-from prunewise.core.slices import copied
 from prunewise.core.trace import Inputs, as_call, tensors_of
-from prunewise.core.untouched import attributes_kept, forget_caches, in_mode, seeded
+from prunewise.core.untouched import attributes_kept, copied, forget_caches, in_mode, seeded
 
 _PLAIN = 1e-4  # what differs by more has to be shown to be rounding, by float64 copies
 _MAX_COPIED = 500_000_000  # parameters of a model that is copied in float64, 8 bytes each
@@ -167,6 +166,9 @@ def outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> Outputs
             _Coarsest() as coarsest,
         ):
             forget_caches(model)
+            args, kwargs = tree_map(
+                lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)
+            )  # some write to them
             return Outputs([t.clone() for t in tensors_of(model(*args, **kwargs))], coarsest.epsilon)
     finally:
         with torch.no_grad():

@@ -1,8 +1,7 @@
-"""Copies of models; slices of their parameters and buffers down to the units that stay."""
+"""Slices of a model's parameters and buffers down to the units that stay."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunewise.core.gains import Gain
 from prunewise.core.groups import Grouping
@@ -22,13 +20,6 @@ class Slices(dict[str, dict[int, npt.NDArray[np.int64]]]):
     def __init__(self, dims: Mapping[str, dict[int, npt.NDArray[np.int64]]], gains: Iterable[Gain] = ()) -> None:
         super().__init__(dims)
         self.gains = set(gains)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that hold tensors with a history (left by hooks, or cached); without gradients."""
-    held = tree_leaves([vars(module) for module in model.modules()])
-    made = [leaf for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
 
 
 def state_slices(grouping: Grouping, keep: Mapping[str, tuple[int, ...]]) -> Slices:

@@ -17,7 +17,7 @@ from prunewise.core.gains import find_gains
 from prunewise.core.labels import LabelArray, LabelStore, Layout
 from prunewise.core.norms import Norm, find_norms
 from prunewise.core.rules.pointwise import pointwise
-from prunewise.core.trace import Inputs, Op, Trace, record, record_partly
+from prunewise.core.trace import Inputs, Op, Trace, asks_for_values, record, record_partly
 
 
 @dataclass
@@ -54,6 +54,12 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     trace = record(model, example_inputs)
     traces = [(trace, find_norms(model, trace))]
     in_training, failure = record_partly(model, example_inputs, training=True, asks_at=trace.asks_at)
+    if failure is not None and not trace.asks_at and asks_for_values(failure):
+        warnings.warn(
+            f"in train mode {type(model).__name__} asks for values of tensors, which eval mode does not: what it does there "
+            f"cannot be followed and may fail once channels are removed ({failure})",
+            stacklevel=3,
+        )
     if trace.asks_at:
         _check_reached(model, [trace, in_training])
     if failure is not None:  # detection models want targets in training: what eval mode shows has to do
@@ -136,9 +142,9 @@ _OF_THE_MODE = ("native_dropout", "bernoulli", "empty_like", "native_batch_norm"
 
 
 def _path(trace: Trace) -> list[object]:
-    """The operations of a trace, without those that training adds to any network (dropout, counters of batches)."""
+    """The operations of a trace and the state that each reads, without what training adds to any network (dropout, counters)."""
     return [
-        op.func
+        (op.func, [trace.tensors[i].name for i in op.inputs])
         for op in trace.ops
         if op.name not in _OF_THE_MODE and any(trace.tensors[o].shape for o in op.outputs) and not _is_dropout(op)
     ]
@@ -184,6 +190,9 @@ def run_rules(flow: Flow, trace: Trace, norms: Sequence[Norm] = (), given: Mappi
             flow.store.muted = op.index not in live
             flow.layouts[made[op.index].result] = flow.normalised(made[op.index], op)
     flow.store.muted = flow.made_up_for = False
+    for index in trace.told:
+        for block in flow.layouts.get(index, Layout(())).blocks:
+            flow.store.pin(block.labels, f"read as numbers by the code that asks for values at {trace.asks_at}")
     for index in trace.outputs if given is None else ():
         for block in flow.layouts.get(index, Layout(())).blocks:
             flow.store.pin(block.labels, "an output of the model")

@@ -21,10 +21,10 @@ from prunewise.core.graph import Parts, rebuild
 from prunewise.core.groups import Grouping, find_groups
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.proof import check_equal
-from prunewise.core.slices import copied, slice_state, state_slices
+from prunewise.core.slices import slice_state, state_slices
 from prunewise.core.structure import analyse
 from prunewise.core.trace import Inputs
-from prunewise.core.untouched import evaluating, forget_caches
+from prunewise.core.untouched import copied, evaluating, forget_caches
 from prunewise.core.widths import fit_attributes
 
 

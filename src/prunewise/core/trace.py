@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -122,11 +123,12 @@ class Trace:
     outputs: list[int] = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
     unsaved: set[str] = field(default_factory=set)  # names of buffers that are not in the state_dict
+    told: set[int] = field(default_factory=set)  # ids of tensors that Python read as a whole: tolist(), numpy()
     asks_at: str = ""  # the line where the code asked for a value, in a pass on real values; "" on fake tensors
 
     def live_ops(self) -> set[int]:
         """Indices of the operations that an output depends on, that write in place, or that tell Python a value."""
-        wanted = set(self.outputs)
+        wanted = set(self.outputs) | self.told
         live = set()
         for op in reversed(self.ops):
             if op.writes or (self.asks_at and op.tells) or not wanted.isdisjoint(op.outputs):
@@ -227,6 +229,23 @@ def _grouped_mm(x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 _SHAPES: dict[Any, Any] = {torch.ops.aten._grouped_mm.default: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}
 
 
+class _Listener(TorchFunctionMode):
+    """Notes the tensors that Python reads past the dispatcher."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = self._recorder.known(args[0]) if func in _READ_WHOLE else None
+        if known is not None:
+            self._recorder.trace.told.add(known)
+        return func(*args, **(kwargs or {}))
+
+
+_READ_WHOLE = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
 @contextmanager
 def _module_stack(model: nn.Module) -> Iterator[list[str]]:
     """While active, the returned list holds the path of the module whose forward runs, innermost last."""
@@ -265,8 +284,8 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
         TraceError: the forward pass fails on these inputs.
     """
     trace, error = record_partly(model, example_inputs, training=training)
-    if error is not None and isinstance(error.__cause__, _ASKS) and not _on_meta(model, example_inputs):
-        asks_at = line_of(error.__cause__) or "a line that is not known"
+    if error is not None and asks_for_values(error) and not _on_meta(model, example_inputs):
+        asks_at = (line_of(error.__cause__) if error.__cause__ else "") or "a line that is not known"
         trace, error = record_partly(model, example_inputs, training=training, asks_at=asks_at)
     if error is not None:
         raise error
@@ -334,6 +353,7 @@ def record_partly(
         try:
             with (
                 seeded(model) if asks_at else fake,
+                _Listener(recorder) if asks_at else nullcontext(),
                 recorder,
                 watch(recorder) if watch else nullcontext(),
             ):
@@ -352,6 +372,12 @@ def record_partly(
 
 
 _ASKS = (DynamicOutputShapeException, DataDependentOutputException)
+
+
+def asks_for_values(failure: TraceError) -> bool:
+    """True where a pass on fake tensors failed because the code wants a value."""
+    cause = failure.__cause__
+    return isinstance(cause, _ASKS) or (isinstance(cause, RuntimeError) and ".numpy() is not supported" in str(cause))
 
 
 def _on_meta(model: nn.Module, example_inputs: Inputs) -> bool:

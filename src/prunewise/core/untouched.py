@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from prunewise.core.lines import is_users
 
@@ -91,18 +92,48 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             m.training = was
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that hold tensors with a history (left by hooks, or cached); without gradients."""
+    held = tree_leaves([vars(module) for module in model.modules()])
+    made = [leaf for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
+
+
 def forget_caches(model: nn.Module) -> None:
     """Clear what the model's own `train` clears when training begins: biases that were cached in eval mode, say.
 
-    A cache that was made of full-size parameters would hide them from a trace, and would not fit the smaller model.
+    A cache that was made of full-size parameters would hide them from a trace, and would not fit the smaller model. Where
+    `train` changes parameters or buffers as well (adapters that are merged for eval mode), nothing is done.
     """
-    own = [m for m in model.modules() if type(m).train is not nn.Module.train and not isinstance(m, fx.GraphModule)]
-    if own:
-        before = [(m, m.training) for m in model.modules()]
-        for module in own:
+    if any(map(_own_train, model.modules())) and _only_forgets(model):
+        _begin_training(model)
+
+
+def _own_train(module: nn.Module) -> bool:
+    return type(module).train is not nn.Module.train and not isinstance(module, fx.GraphModule)
+
+
+def _begin_training(model: nn.Module) -> None:
+    before = [(m, m.training) for m in model.modules()]
+    for module, _ in before:
+        if _own_train(module):
             module.train(True)
-        for module, was in before:
-            module.training = was
+    for module, was in before:
+        module.training = was
+
+
+def _only_forgets(model: nn.Module) -> bool:
+    """True where the model's own `train` leaves all tensors of its state as they are: tried on a copy."""
+    probe = copied(model)
+    try:
+        _begin_training(probe)
+    except Exception:  # a `train` of another kind
+        return False
+    tensors, tried = ([*m.named_parameters(), *m.named_buffers()] for m in (model, probe))
+    return len(tensors) == len(tried) and all(
+        m == n and a.requires_grad == b.requires_grad and a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+        for (m, a), (n, b) in zip(tensors, tried, strict=True)
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call, template
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
-from prunewise.core.untouched import nothing_fused
+from prunewise.core.untouched import attributes_kept, nothing_fused
 
 _aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> Exported:
     free = [None if dim is None else {dim: torch.export.Dim.AUTO} for dim in call.grows]
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
-    with in_mode(model, training), nothing_fused(), torch.enable_grad():
+    with in_mode(model, training), attributes_kept(model), nothing_fused(), torch.enable_grad():
         flat = Flat(model, call, training).train(training)
         model.train(training)
         for given, shapes in ((call.doubled(), (free,)), (call.tensors, None)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunewise.core.errors import VerificationError
@@ -197,9 +198,27 @@ def _modes_agree(module: nn.Module, call: Call) -> bool:
     """True where train mode runs the same operations with the same numbers: one graph does for both."""
     said = []
     for training in (False, True):
-        trace, error = record_partly(Flat(module, call, training), (call.tensors,), training=training)
-        said.append((_what_runs(trace.ops, {i: n for n, i in trace.state.items()}), error is None))
-    return said[0] == said[1] and said[0][1]
+        with _Switches() as switches:
+            trace, error = record_partly(Flat(module, call, training), (call.tensors,), training=training)
+        if error is not None or any(t.kind == "constant" for t in trace.tensors):  # what these hold is not compared
+            return False
+        said.append((_what_runs(trace.ops, {i: n for n, i in trace.state.items()}), switches.seen))
+    return said[0] == said[1]
+
+
+class _Switches(TorchFunctionMode):
+    """Notes where, among the calls of torch's functions, code switches gradients on or off: no operation shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, str]] = []
+        self._calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls += 1
+        if func is torch._C._set_grad_enabled:
+            self.seen.append((self._calls, repr(args)))
+        return func(*args, **(kwargs or {}))
 
 
 def _zeros(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
