@@ -126,3 +126,36 @@ def test_modes_of_a_part_that_no_operation_tells_apart(way: str) -> None:
             each.train(training).zero_grad()
             each(x).sum().backward()
         assert (model.first.weight.grad is None) == (small.first.weight.grad is None)
+
+
+class Averaging(Part):
+    """A mean that moves in train mode; a graph has no assignments."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).view(-1, 8).relu())
+        if self.training:
+            moved = self.mean * 0.9 + x.detach().mean(0) * 0.1
+            if self.way == "in place":
+                self.mean.copy_(moved)
+            else:
+                self.mean = moved
+        return x - self.mean
+
+
+@pytest.mark.parametrize("way", ["in place", "assigned"])
+def test_buffers_that_forward_assigns_to_are_not_lost(way: str) -> None:
+    model, x = Around(way), torch.randn(4, 5).double()
+    model.part = Averaging(way)
+    model.double()
+    plan = pw.plan_channels(model, x, budget=pw.Budget(macs=0.6))
+    if way == "assigned":
+        with pytest.raises(pw.VerificationError, match=r"assigns to the buffer part\.mean, which a graph cannot"):
+            pw.apply_plan(model, plan, x)
+        return
+    small = pw.apply_plan(model, plan, x).train()
+    small(x)
+    assert small.part.mean.abs().max() > 0

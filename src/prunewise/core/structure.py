@@ -35,6 +35,7 @@ class Structure:
 
     flow: Flow
     passes: list[Pass]
+    replaced: frozenset[str] = frozenset()  # names of buffers that forward assigns to, in either mode
 
     @property
     def trace(self) -> Trace:
@@ -71,6 +72,7 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
         structure = _follow(model, traces, Flow(given_up=dict(given_up)))
         more = structure.flow.given_way_for_nothing()
         if not more:
+            structure.replaced = frozenset(trace.replaced | in_training.replaced)
             return structure
         given_up.update(more)
 

@@ -123,6 +123,7 @@ class Trace:
     outputs: list[int] = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> tensor id (tied names share it)
     unsaved: set[str] = field(default_factory=set)  # names of buffers that are not in the state_dict
+    replaced: set[str] = field(default_factory=set)  # names of buffers that forward puts another tensor in the place of
     told: set[int] = field(default_factory=set)  # ids of tensors that Python read as a whole: tolist(), numpy()
     asks_at: str = ""  # the line where the code asked for a value, in a pass on real values; "" on fake tensors
 
@@ -357,7 +358,10 @@ def record_partly(
                 recorder,
                 watch(recorder) if watch else nullcontext(),
             ):
+                before = dict(state)  # what forward assigns to its buffers comes back in `state`
                 out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+                trace.replaced.update(name for name, tensor in state.items() if tensor is not before[name])
+                before.clear()
         except Exception as error:
             failure = TraceError(_what_failed(model, example_inputs, error))
             failure.__cause__ = error

@@ -21,7 +21,7 @@ from prunewise.core.errors import VerificationError
 from prunewise.core.graph.call import Call
 from prunewise.core.graph.export import Exported, Flat, export_graph
 from prunewise.core.graph.module import RebuiltModule, skeleton_of
-from prunewise.core.graph.rebuild import assembled
+from prunewise.core.graph.rebuild import assembled, refuse_replaced
 from prunewise.core.graph.rewrite import Cut, Part
 from prunewise.core.groups import Grouping
 from prunewise.core.labels import Layout
@@ -70,6 +70,7 @@ class Parts:
         seen = self._seen.get(path)
         if seen is None or seen.times > 1:
             raise VerificationError(f"{path} is not called exactly once, or not with what can be followed")
+        refuse_replaced(self.grouping, f"{path}.")
         self._cut = self._cut or Cut(self.grouping, self.keep)
         module, structure = self.model.get_submodule(path), self.grouping.structure
         trace = structure.trace

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import TraceError
+from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call
 from prunewise.core.graph.export import Exported, export_graph, with_flags
 from prunewise.core.graph.module import RebuiltModule, skeleton_of
@@ -45,6 +45,7 @@ def rebuild(
         masked model.
     """
     grouping = grouping.grouping if isinstance(grouping, CostModel) else grouping
+    refuse_replaced(grouping)
     args, kwargs = as_call(example_inputs)
     call = Call.of(model, args, kwargs)
     skeleton = copy.deepcopy(skeleton_of(model, {}))
@@ -67,6 +68,19 @@ def rebuild(
     small.train(model.training)
     check_equal(model, small, grouping, keep, example_inputs)
     return small
+
+
+def refuse_replaced(grouping: Grouping, within: str = "") -> None:
+    """A graph has no assignments: what forward assigns to a buffer would be lost.
+
+    Raises:
+        VerificationError: names the buffer.
+    """
+    name = next((n for n in sorted(grouping.structure.replaced) if n.startswith(within)), None)
+    if name is not None:
+        raise VerificationError(
+            f"forward assigns to the buffer {name}, which a graph cannot: write to it in place (copy_)"
+        )
 
 
 def assembled(
