@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import prunewise as pw
-from prunewise._training import cosine, seed_epoch
+from prunewise._loops import cosine, seed_epoch
 
 N, EPOCHS = 60, 4
 X = torch.randn(N, 5, generator=torch.Generator().manual_seed(3))

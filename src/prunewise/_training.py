@@ -1,38 +1,40 @@
-"""The training inside `compress`: loss and metric, the loop, its checkpoints, and its randomness."""
+"""The training inside `compress`: loss and metric, the loop, and its checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunewise._loops import (
+    fill,
+    finite,
+    one_number,
+    reading,
+    require_fitting,
+    require_same,
+    seed_epoch,
+    set_rates,
+    state_of,
+)
 from prunewise._progress import Progress, progress
 from prunewise._state import load_state, rng_state, save_state, set_rng_state
 from prunewise.channels.session import GateSession
 from prunewise.core.batch import inputs_of, moved
-from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
+from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.trace import as_call
+from prunewise.core.untouched import modes_kept
 
 _STATE = "run"
 
 Loss = Callable[[nn.Module, Any], Tensor] | nn.Module
 Metric = Callable[[nn.Module, Iterable[Any]], float]
-
-
-def cosine(progress: float) -> float:
-    """The share of the learning rate at a share of the run: half a cosine, from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,17 @@ class Task:
                     )
             else:
                 value = self._criterion(*self._run(model, batch))
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise DataError(f"the loss should be one number and is {shown}: reduce it (mean) before it is returned")
-        return value.reshape(())
+        return one_number(value)
 
     def score(self, model: nn.Module) -> Score | None:
         """The metric on the validation data, in eval mode."""
         if self._loader is None:
             return None
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                if self._metric is not None:
-                    return Score(float(self._metric(model, self._loader)))
-                return self._default_score(model, self._loader)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with modes_kept(model), torch.no_grad():
+            model.eval()
+            if self._metric is not None:
+                return Score(float(self._metric(model, self._loader)))
+            return self._default_score(model, self._loader)
 
     def _default_score(self, model: nn.Module, loader: Iterable[Any]) -> Score | None:
         correct, total, summed, batches = 0, 0, 0.0, 0
@@ -209,15 +203,9 @@ class Run:
 
     def _one_step(self, batch: Any) -> None:
         share = (self._epoch * self.steps + self._step) / (self.epochs * self.steps)
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * float(self.lr_schedule(share))
+        set_rates(self.optimizer, self.base_rates, float(self.lr_schedule(share)))
         loss = self.task.loss(self.network, batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss is {value} at epoch {self._epoch + 1}, step {self._step + 1}; nothing of this step was applied, and "
-                "the given model is as it was. Look at the data and the model's weights, or lower the learning rate"
-            )
+        value = finite(loss, self._epoch, self._step)
         if self.session is not None:
             loss = loss + self.session.penalty()
         self.optimizer.zero_grad(set_to_none=True)
@@ -260,17 +248,13 @@ class Run:
         }  # fmt: skip
         state = load_state(folder, _STATE)
         if state is not None:
-            try:
+            with reading(folder):
                 self._restore(state, folder)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{folder} is damaged ({error}): delete it to start anew") from error
 
     def _save(self) -> None:
         if self._folder is None:
             return
-        tensors = _state_of(self.network)
+        tensors = state_of(self.network)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise NonFiniteError(
@@ -292,111 +276,15 @@ class Run:
         save_state(self._folder, _STATE, state)
 
     def _restore(self, state: Any, folder: Path) -> None:
-        for key, value in self._settings.items():
-            found = state["settings"].get(key)
-            if found != value:
-                raise CheckpointError(
-                    f"{folder} holds another run: its {key} is {str(found)[:80]}, this call's {str(value)[:80]}. Give the same "
-                    "arguments to go on with it; name another folder, or delete this one, to start anew"
-                )
+        require_same(self._settings, state["settings"], folder)
         if self.session is not None:  # first: it shrinks the network to what was saved
             self.session.load_state_dict(state["gates"], self.optimizer)
-        tensors, saved = _state_of(self.network), state["model"]
-        for name, tensor in tensors.items():
-            if name not in saved or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"{folder}: tensor {name!r} is missing or of another shape or dtype; delete the folder"
-                )
+        require_fitting(self.network, state["model"], folder)
         history = [HistoryRow(**row) for row in state["history"]]
         scores = [None if s is None else Score(**s) for s in state["scores"]]
         epoch, step, loss_sum = int(state["epoch"]), int(state["step"]), float(state["loss_sum"])
         self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+        fill(self.network, state["model"])
         self.original, self.gated = scores
         self.history, self._epoch, self._step, self._loss_sum = history, epoch, step, loss_sum
         self.task.metric_name, self._rng, self.resumed = state["metric_name"], state["rng"], True
-
-
-def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, those that `state_dict` leaves out, too."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def make_optimizer(
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None, model: nn.Module
-) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise DataError("no parameter of the model requires a gradient: nothing can be trained")
-    if make is None:
-        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    made = make(parameters)
-    if not isinstance(made, torch.optim.Optimizer):
-        raise DataError(
-            f"optimizer= gave a {type(made).__name__}: it should be a callable that makes a torch.optim.Optimizer of a list of "
-            "parameters, as in lambda p: torch.optim.AdamW(p, lr=1e-3)"
-        )
-    return made
-
-
-def check_settings(loader: Any, epochs: Any, seed: Any, every: Any) -> None:
-    for name, value, least in (("epochs", epochs, 1), ("seed", seed, 0), ("checkpoint_every", every or 1, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise DataError(f"{name}={value!r} should be an int of at least {least}")
-    if isinstance(loader, Iterator):
-        raise DataError(
-            "train_loader is an iterator, which is used up after one epoch: give the loader itself, or a list"
-        )
-    try:
-        steps = len(loader)
-    except TypeError:
-        raise DataError(
-            f"train_loader, a {type(loader).__name__}, has no length: give one with a length (batches an epoch), which says how "
-            "many steps the run has"
-        ) from None
-    if not steps:
-        raise DataError("train_loader is empty: give one with batches (drop_last drops a batch that is not full)")
-
-
-# -- randomness ---------------------------------------------------------------------------------------------------
-
-
-def first_batch(loader: Iterable[Any]) -> Any:
-    for batch in loader:
-        return batch
-    raise DataError("train_loader is empty: give one with batches")
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    holders.append(getattr(holders[2], "sampler", None))
-    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def own_randomness(device: torch.device, loader: Any) -> Iterator[None]:
-    """The global random generators, and the loader's, are put back afterwards."""
-    before, generators = rng_state(device), [(g, g.get_state()) for g in _generators(loader)]
-    try:
-        yield
-    finally:
-        set_rng_state(before, device)
-        for generator, state in generators:
-            generator.set_state(state)
-
-
-def seed_epoch(loader: Any, seed: int, epoch: int) -> None:
-    """All that is random in an epoch follows from (seed, epoch)."""
-    digest = hashlib.sha256(f"prunewise:{seed}:{epoch}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little") >> 1
-    torch.manual_seed(number)
-    np.random.seed(number % (1 << 32))
-    random.seed(number)
-    for i, generator in enumerate(_generators(loader)):
-        generator.manual_seed(number + i + 1 & (1 << 62) - 1)
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if callable(set_epoch := getattr(sampler, "set_epoch", None)):
-            set_epoch(epoch)

@@ -17,20 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise._training import (
-    HistoryRow,
-    Loss,
-    Metric,
-    Run,
-    Score,
-    Task,
-    check_settings,
-    cosine,
-    first_batch,
-    make_optimizer,
-    own_randomness,
-    seed_epoch,
-)
+from prunewise._loops import check_settings, cosine, first_batch, make_optimizer, own_randomness, seed_epoch
+from prunewise._training import HistoryRow, Loss, Metric, Run, Score, Task
 from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Scores, choose_units

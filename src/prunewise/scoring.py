@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,11 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunewise._loops import (
+    check_settings,
+    cosine,
+    fill,
+    finite,
+    make_optimizer,
+    one_number,
+    own_randomness,
+    reading,
+    require_fitting,
+    require_same,
+    seed_epoch,
+    set_rates,
+    state_of,
+)  # fmt: skip
 from prunewise._progress import progress as shown_progress
 from prunewise._state import load_state, save_state
-from prunewise._training import check_settings, cosine, make_optimizer, own_randomness, seed_epoch
 from prunewise.core.batch import moved
-from prunewise.core.errors import CheckpointError, DataError, NonFiniteError
+from prunewise.core.errors import DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied
 from prunewise.samples.ids import SampleIndex
@@ -93,11 +106,10 @@ def score_samples(
             network.train()
             summed = 0.0
             for step, batch in enumerate(train_loader):
-                for group, rate in zip(made.param_groups, rates, strict=True):
-                    group["lr"] = rate * float(lr_schedule((epoch * steps + step) / (epochs * steps)))
+                set_rates(made, rates, float(lr_schedule((epoch * steps + step) / (epochs * steps))))
                 ids, logits, targets = forward_batch(network, moved(batch, device))
-                value = criterion(logits, targets)
-                summed += _finite(value, epoch, step)
+                value = one_number(criterion(logits, targets))
+                summed += finite(value, epoch, step)
                 made.zero_grad(set_to_none=True)
                 value.backward()
                 made.step()
@@ -140,19 +152,6 @@ class _Labels:
         return None if self.values is None or bool((self.values < 0).any()) else self.values.cpu().numpy()
 
 
-def _finite(value: Any, epoch: int, step: int) -> float:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise DataError(f"the loss should be one number and is {shown}: reduce it (mean) before it is returned")
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise NonFiniteError(
-            f"the loss is {number} at epoch {epoch + 1}, step {step + 1}; nothing of this step was applied, and the given model "
-            "is as it was. Look at the data and the model's weights, or lower the learning rate"
-        )
-    return number
-
-
 def _state(
     settings: dict[str, Any],
     epoch: int,
@@ -161,9 +160,8 @@ def _state(
     recorder: LearnabilityRecorder,
     labels: _Labels,
 ) -> dict[str, Any]:
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     return {
-        "settings": settings, "epoch": epoch, "model": tensors, "optimizer": made.state_dict(),
+        "settings": settings, "epoch": epoch, "model": state_of(network), "optimizer": made.state_dict(),
         "recorder": recorder.state_dict(), "labels": labels.values,
     }  # fmt: skip
 
@@ -180,22 +178,12 @@ def _resume(
     state = load_state(folder, _STATE)
     if state is None:
         return 0
-    try:
-        for key, value in settings.items():
-            found = state["settings"].get(key)
-            if found != value:
-                raise CheckpointError(
-                    f"{folder} holds another run: its {key} is {str(found)[:80]}, this call's {str(value)[:80]}. Give the same "
-                    "arguments to go on with it; name another folder, or delete this one, to start anew"
-                )
+    with reading(folder):
+        require_same(settings, state["settings"], folder)
+        require_fitting(network, state["model"], folder)
         recorder.load_state_dict(state["recorder"])
         made.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
-                tensor.copy_(state["model"][name])
+        fill(network, state["model"])
         labels.values = state["labels"]
         return int(state["epoch"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} is damaged ({error}): delete it to start anew") from error
+    raise AssertionError

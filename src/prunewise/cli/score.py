@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from prunewise.cli.options import UsageError, add_model_options, make_folder
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     import prunewise as pw
+    from prunewise._loops import sgd
     from prunewise.cli.loading import load_data, load_model
     from prunewise.samples.table import require_pyarrow
 
@@ -55,9 +57,7 @@ def run(args: argparse.Namespace) -> None:
         model,
         load_data(args.data)[0],
         epochs=args.epochs,
-        optimizer=lambda parameters: torch.optim.SGD(
-            parameters, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-        ),
+        optimizer=functools.partial(sgd, lr=args.lr),
         seed=args.seed,
         checkpoint=args.checkpoint,
     )

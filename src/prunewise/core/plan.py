@@ -106,8 +106,9 @@ class ChannelPlan:
             group = known.get(name)
             if group is None:
                 raise PlanError(f"the plan keeps units of {name!r}, a channel group that the model does not have")
-            if group.size != self.sizes.get(name):
-                raise PlanError(f"{name!r} has {group.size} units in the model and {self.sizes.get(name)} in the plan")
+            size = self.sizes.get(name)
+            if group.size != size:
+                raise PlanError(f"{name!r} has {group.size} units in the model and {size} in the plan")
             if not group.prunable and len(kept) < group.size:
                 raise PlanError(f"the plan removes units of {name!r}, which must stay: {group.reason}")
             check_kept(name, kept, group.size)

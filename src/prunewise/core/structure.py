@@ -55,12 +55,6 @@ def analyse(model: nn.Module, example_inputs: Inputs) -> Structure:
     trace = record(model, example_inputs)
     traces = [(trace, find_norms(model, trace))]
     in_training, failure = record_partly(model, example_inputs, training=True, asks_at=trace.asks_at)
-    if failure is not None and not trace.asks_at and asks_for_values(failure):
-        warnings.warn(
-            f"in train mode {type(model).__name__} asks for values of tensors, which eval mode does not: what it does there "
-            f"cannot be followed and may fail once channels are removed ({failure})",
-            stacklevel=3,
-        )
     if trace.asks_at:
         _check_reached(model, [trace, in_training])
     if failure is not None:  # detection models want targets in training: what eval mode shows has to do
@@ -106,7 +100,13 @@ def _check_reached(model: nn.Module, traces: Sequence[Trace]) -> None:
 
 
 def _tell_of_train_mode(model: nn.Module, trace: Trace, failure: TraceError) -> None:
-    """Warn where parameters are used in train mode only, if at all, and that fails."""
+    """Warn where train mode fails for want of values, and where parameters are used there only, if at all."""
+    if not trace.asks_at and asks_for_values(failure):
+        warnings.warn(
+            f"in train mode {type(model).__name__} asks for values of tensors, which eval mode does not: what it does there "
+            f"cannot be followed and may fail once channels are removed ({failure})",
+            stacklevel=4,
+        )
     unused = _unused([trace])
     if unused:
         warnings.warn(

@@ -311,7 +311,7 @@ def record_partly(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Tensor] = {}
 
-    def to_fake(leaf: Any) -> Any:
+    def stand_in(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in memo:
@@ -345,9 +345,9 @@ def record_partly(
         recorder = Recorder(trace, stack)
         state = {}
         for name, tensor, kind in named:
-            state[name] = to_fake(tensor)
+            state[name] = stand_in(tensor)
             trace.state[name] = recorder.register(state[name], kind, name)
-        args, kwargs = tree_map(to_fake, (args, kwargs))
+        args, kwargs = tree_map(stand_in, (args, kwargs))
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         while given:  # no name may hold a fake tensor after the trace
             recorder.register(given.pop(0), "input")

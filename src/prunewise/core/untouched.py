@@ -80,16 +80,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in train or eval mode, and each back into its own afterwards."""
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is put back into its own mode afterwards."""
     before = [(m, m.training) for m in model.modules()]
-    for m, _ in before:
-        m.training = training
     try:
         yield
     finally:
         for m, was in before:
             m.training = was
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in train or eval mode, and each back into its own afterwards."""
+    with modes_kept(model):
+        for module in model.modules():
+            module.training = training
+        yield
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -114,12 +121,9 @@ def _own_train(module: nn.Module) -> bool:
 
 
 def _begin_training(model: nn.Module) -> None:
-    before = [(m, m.training) for m in model.modules()]
-    for module, _ in before:
-        if _own_train(module):
+    with modes_kept(model):
+        for module in filter(_own_train, model.modules()):
             module.train(True)
-    for module, was in before:
-        module.training = was
 
 
 def _only_forgets(model: nn.Module) -> bool:

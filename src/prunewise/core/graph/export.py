@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, fx, nn
 from prunewise.core.errors import TraceError, VerificationError
 from prunewise.core.graph.call import Call, template
 from prunewise.core.graph.nodes import bound_arguments, node_line, node_name, put_argument
-from prunewise.core.untouched import attributes_kept, nothing_fused
+from prunewise.core.untouched import copied, nothing_fused
 
 _aten = torch.ops.aten
 
@@ -33,23 +31,11 @@ class Flat(nn.Module):
         return out
 
 
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model.train(training)`, so that what a user's own `train` keeps frozen stays so; put back afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for m, was in before:
-            m.training = was
-
-
 Exported = tuple[fx.Graph, dict[str, Tensor]]  # tensors by the model's own names; tensors that the model does not name
 
 
 def export_graph(model: nn.Module, call: Call, training: bool) -> Exported:
-    """The graph of one mode.
+    """The graph of one mode, made of a copy: what the user's own `train` and `forward` leave behind stays there.
 
     Raises:
         TraceError: torch.export cannot capture the model.
@@ -57,9 +43,9 @@ def export_graph(model: nn.Module, call: Call, training: bool) -> Exported:
     free = [None if dim is None else {dim: torch.export.Dim.AUTO} for dim in call.grows]
     name, mode = type(model).__name__, "train" if training else "eval"
     module: Any = None
-    with in_mode(model, training), attributes_kept(model), nothing_fused(), torch.enable_grad():
+    model = copied(model)
+    with nothing_fused(), torch.enable_grad():
         flat = Flat(model, call, training).train(training)
-        model.train(training)
         for given, shapes in ((call.doubled(), (free,)), (call.tensors, None)):
             try:
                 module = torch.export.export(flat, (given,), dynamic_shapes=shapes, strict=False).module()

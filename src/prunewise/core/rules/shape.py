@@ -290,29 +290,33 @@ def constant_pad(flow: Flow, op: Op) -> Layout:
 @rule("index", "_unsafe_index")
 def index(flow: Flow, op: Op) -> Layout:
     """Indexing by tensors: the indexed dimensions are fixed, the others pass."""
-    used, at = _indexed(flow, op)
-    layout = flow.fix(flow.of(op.args["self"]), used, op)
-    for i in op.args["indices"]:
-        if isinstance(i, Ref):
-            flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
+    layout, used, at = _indexed(flow, op)
     shape = flow.shape(op.outputs[0])
     return _picked(layout, used, at, shape[at : at + len(shape) - (len(layout.shape) - len(used))])
 
 
-def _indexed(flow: Flow, op: Op) -> tuple[list[int], int]:
-    """The dimensions that are indexed, and where what the indices pick stands in the result."""
+def _indexed(flow: Flow, op: Op) -> tuple[Layout, list[int], int]:
+    """What is indexed, the dimensions along which it is (fixed), and where what the indices pick stands in the result."""
     used: list[int] = []
     dim = 0
     for i in op.args["indices"]:
+        taken = 1
         if isinstance(i, Ref):
-            mask = flow.trace.tensors[i.id].dtype in (torch.bool, torch.uint8)
-            taken = len(flow.shape(i.id)) if mask else 1
+            taken = len(flow.shape(i.id)) if _is_mask(flow, i) else 1
             used += range(dim, dim + taken)
-            dim += taken
-        else:
-            dim += 1
+            _fix_whole(flow, i, op)
+        dim += taken
     contiguous = used == list(range(used[0], used[0] + len(used)))
-    return used, used[0] if contiguous else 0
+    return flow.fix(flow.of(op.args["self"]), used, op), used, used[0] if contiguous else 0
+
+
+def _is_mask(flow: Flow, index: Ref) -> bool:
+    return flow.trace.tensors[index.id].dtype in (torch.bool, torch.uint8)
+
+
+def _fix_whole(flow: Flow, ref: Ref, op: Op, why: str = "") -> None:
+    """Nothing of a tensor is removable."""
+    flow.fix(flow.of(ref), range(len(flow.shape(ref.id))), op, why)
 
 
 def _picked(layout: Layout, used: Sequence[int], at: int, picked: tuple[int, ...]) -> Layout:
@@ -371,16 +375,12 @@ def scatter(flow: Flow, op: Op) -> Layout:
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(flow: Flow, op: Op) -> Layout:
     """As `index`, with values written instead of read."""
-    used, at = _indexed(flow, op)
-    x = flow.fix(flow.of(op.args["self"]), used, op)
-    given = [i for i in op.args["indices"] if isinstance(i, Ref)]
-    for i in given:
-        flow.fix(flow.of(i), range(len(flow.shape(i.id))), op)
+    x, used, at = _indexed(flow, op)
     values = flow.of(op.args["values"])
-    masks = [i for i in given if flow.trace.tensors[i.id].dtype in (torch.bool, torch.uint8)]
-    shapes = [flow.shape(i.id) for i in given if i not in masks]
+    given = [i for i in op.args["indices"] if isinstance(i, Ref)]
+    shapes = [flow.shape(i.id) for i in given if not _is_mask(flow, i)]
     behind = len(x.shape) - len(used) - at  # dimensions after what is picked
-    if masks:  # how many a mask picks shows in the values, if at all
+    if len(shapes) < len(given):  # how many a mask picks shows in the values, if at all
         shapes.append(values.shape[len(values.shape) - behind - 1 :][:1] if len(values.shape) > behind else (1,))
     picked = _picked(x, used, at, np.broadcast_shapes(*shapes))
     flow.join([picked, values], picked.shape, op)
@@ -391,8 +391,7 @@ def index_put(flow: Flow, op: Op) -> Layout:
 def equal(flow: Flow, op: Op) -> list[Layout]:
     """One answer for all entries, given to Python."""
     for name in ("self", "other"):
-        ref = op.args[name]
-        flow.fix(flow.of(ref), range(len(flow.shape(ref.id))), op)
+        _fix_whole(flow, op.args[name], op)
     return []
 
 
@@ -441,5 +440,5 @@ def embedding(flow: Flow, op: Op) -> Layout:
 def _opaque(flow: Flow, op: Op) -> Layout:
     for leaf in tree_flatten(op.args)[0]:
         if isinstance(leaf, Ref):
-            flow.fix(flow.of(leaf), range(len(flow.shape(leaf.id))), op, "no rule for")
+            _fix_whole(flow, leaf, op, "no rule for")
     return Layout(flow.shape(op.outputs[0]))
