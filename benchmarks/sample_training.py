@@ -26,7 +26,7 @@ class Recipe:
     batch_size: int = 64
 
 
-DEFAULTS = {"digits": Recipe("mlp", 30, 0.1), "fashion": Recipe("cnn", 8, 0.05), "cifar10": Recipe("cnn", 10, 0.05)}
+DEFAULTS = {"digits": Recipe("mlp", 30, 0.1), "fashion": Recipe("cnn", 8, 0.05), "cifar10": Recipe("cnn", 30, 0.02)}
 
 
 def _block(a: int, b: int, stride: int = 1, groups: int = 1, size: int = 3) -> list[nn.Module]:

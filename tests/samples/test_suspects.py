@@ -122,6 +122,36 @@ def test_what_was_learned_by_heart_needs_early_contradiction() -> None:
         assert result.threshold > 0
 
 
+def unsure(n: int, share: float, seed: int = 0) -> tuple[pw.SampleScores, npt.NDArray[np.bool_]]:
+    """Scores of a model that has learned little: it contradicts half of the right labels, and most wrong ones."""
+    random = np.random.default_rng(seed)
+    wrong = random.random(n) < share
+    margin = np.tanh(random.normal(np.where(wrong, -0.35, 0.0), 0.3))
+    both = random.uniform(0.5, 0.9, n).clip(np.abs(margin))  # probability of the label and of its strongest rival
+    return scores_of(np.full(n, 0.45), margins=margin, confidence=(both + margin) / 2), wrong
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
+def test_a_model_that_learned_little_suspects_few_and_says_so(share: float) -> None:
+    s, wrong = unsure(4000, share)
+    with pytest.warns(UserWarning, match="cannot be told from hard samples: this training got 45% of its labels right"):
+        found = pw.suspects(s, np.zeros(4000))
+    assert not found.separable and found.estimated_count == len(found) < 0.2 * 4000
+    other = s.confidence - s.aum_softmax
+    np.testing.assert_allclose(found.all_scores, (other - s.confidence) / (other + s.confidence))
+    assert (found.all_scores[found.number] > 2 / 3).all() and found.threshold == 2 / 3
+    if share:
+        assert wrong[found.number].mean() > 1.5 * share
+    assert pw.suspects(s, np.zeros(4000), threshold=0.0).separable  # no threshold is asked of the data: no warning
+
+
+def test_scores_of_several_labels_are_not_divided() -> None:
+    s, _ = unsure(4000, 0.1)
+    with pytest.warns(UserWarning, match="cannot be told"):
+        found = pw.suspects(dataclasses.replace(s, info={**s.info, "task": "multilabel"}), np.zeros(4000))
+    np.testing.assert_array_equal(found.all_scores, -s.aum_softmax)
+
+
 def test_scores_that_tell_nothing() -> None:
     few = scores_of(np.ones(20), margins=np.linspace(-0.5, 0.9, 20))
     assert pw.suspects(few, np.zeros(20)).threshold == 0  # too few to fit a distribution to

@@ -85,6 +85,7 @@ def summary(scores: SampleScores, targets: Any, limit: int) -> dict[str, Any]:
             "count": len(found),
             "estimated_count": found.estimated_count,
             "threshold": found.threshold,
+            "separable": found.separable,
             "first": [
                 {
                     "sample_id": found.sample_id[i].item(),
@@ -119,7 +120,11 @@ def print_summary(title: str, result: dict[str, Any]) -> None:
     suspects = result["suspects"]
     print_line(
         f"{suspects['count']:,} suspects, with a score above {suspects['threshold']:.3f}; "
-        f"about {suspects['estimated_count']:,} labels are wrong in all"
+        + (
+            f"about {suspects['estimated_count']:,} labels are wrong in all"
+            if suspects["separable"]
+            else "how many labels are wrong cannot be told: the training learned too little"
+        )
     )
     if suspects["first"]:
         # ids and labels come from a file that may be anybody's: nothing of them may move the cursor

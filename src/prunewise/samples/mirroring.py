@@ -10,6 +10,8 @@ from prunewise.samples.scores import Floats
 
 FEWEST = 30  # scores; a distribution cannot be told from fewer
 _BINS, _STEPS, _NARROWEST, _LIMIT = 300, 300, 0.05, 0.9999
+_MOST = 0.45  # share of the image above which the two sides are too alike to be told apart
+_WORSE = 0.02  # log-likelihood a score by which one bell may be better; between what hard and what noisy data gave
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,14 @@ class Split:
         cut: scores above it are more likely of the contradicted group; 1 where there is no such group.
         count: how many scores belong to the contradicted group, in expectation.
         centre: the score at which the mirror stands; 0, or below it.
+        separable: False where a group and its image do not explain the scores: the image is nearly as large, or a single
+            normal distribution explains them clearly better.
     """
 
     cut: float
     count: float
     centre: float
+    separable: bool = True
 
 
 def mirrored_split(score: Floats, *, memorised: bool) -> Split:
@@ -58,20 +63,28 @@ def mirrored_split(score: Floats, *, memorised: bool) -> Split:
     ]
     if not fits:  # everything is contradicted: nothing to compare with
         return Split(0.0, float((score > 0).sum()), 0.0)
-    _, centre, wrong = max(fits, key=lambda fit: fit[0])
+    likelihood, centre, wrong, share = max(fits, key=lambda fit: fit[0])
+    separable = share < _MOST and likelihood > _one_bell(middle, weight) - _WORSE * float(weight.sum())
     # scores from the top down, as long as they bring more of the contradicted group than of the other
     gain = np.cumsum(((2 * wrong - 1) * weight)[::-1])
     best = int(gain.argmax())
     if gain[best] <= 0:
-        return Split(1.0, float(wrong @ weight), float(np.tanh(centre)))
+        return Split(1.0, float(wrong @ weight), float(np.tanh(centre)), separable)
     # just below the lowest bin that belongs to the group
     lowest = len(middle) - 1 - best
     cut = upper[lowest - 1] if lowest else edges[0] - 1
-    return Split(float(np.tanh(cut)), float(wrong @ weight), float(np.tanh(centre)))
+    return Split(float(np.tanh(cut)), float(wrong @ weight), float(np.tanh(centre)), separable)
 
 
-def _fit(x: Floats, weight: Floats, centre: float, share: float, free: bool) -> tuple[float, float, Floats]:
-    """Log-likelihood, centre, and the probability of each x to be of the mirrored group."""
+def _one_bell(x: Floats, weight: Floats) -> float:
+    """Log-likelihood of the most likely single normal distribution, up to the constant that `_log_normal` leaves out."""
+    mean = np.average(x, weights=weight)
+    spread = max(float(np.sqrt(np.average((x - mean) ** 2, weights=weight))), _NARROWEST)
+    return float(_log_normal(x, np.array([mean]), np.array([spread]))[0] @ weight)
+
+
+def _fit(x: Floats, weight: Floats, centre: float, share: float, free: bool) -> tuple[float, float, Floats, float]:
+    """Log-likelihood, centre, the probability of each x to be of the mirrored group, and the share of that group."""
     below = x < centre
     mean = float(np.average(x[below], weights=weight[below]))
     spread = max(float(np.sqrt(np.average((x[below] - mean) ** 2, weights=weight[below]))), _NARROWEST)
@@ -105,7 +118,7 @@ def _fit(x: Floats, weight: Floats, centre: float, share: float, free: bool) -> 
         mu = np.minimum((own @ x + image @ mirrored) / size, centre - sigma)
         squares = (own * (x - mu[:, None]) ** 2).sum(1) + (image * (mirrored - mu[:, None]) ** 2).sum(1)
         sigma = np.maximum(np.sqrt(squares / size), _NARROWEST)
-    return likelihood, centre, wrong
+    return likelihood, centre, wrong, share
 
 
 def _log_normal(x: Floats, mu: Floats, sigma: Floats) -> Floats:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from prunewise.samples.scores import Floats, Ints, SampleScores
 from prunewise.samples.showing import cell
 
 EL2N_WINDOW = 10  # as the recorder has it by default
+FIRM = 2 / 3  # relative margin: another class had five times the label's probability
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +25,15 @@ class Suspects:
     Attributes:
         sample_id: int64 or strings. number: int64, the dense sample numbers.
         score: float64 in [-1, 1], descending; how much more probability the model gave to another class than to the label, in
-            the mean over the training.
+            the mean over the training; where not `separable`, divided by the sum of the two.
         given_label: the labels as given.
         proposed_label: int64; the class that the model predicted when it last contradicted the label; -1 where there is none
             (several labels a sample, or a class number above 32,766).
         threshold: suspects score above it.
         estimated_count: how many labels are wrong in the whole data set, in expectation: the sum of the probabilities; where a
-            threshold was given, how many scores lie above it.
+            threshold was given, and where not `separable`, how many scores lie above the threshold.
         all_scores: (N,) float64, the score of every sample; NaN where it was never observed.
+        separable: False where this training did not tell wrong labels from hard samples.
     """
 
     sample_id: npt.NDArray[Any]
@@ -41,6 +44,7 @@ class Suspects:
     threshold: float
     estimated_count: int
     all_scores: Floats
+    separable: bool = True
 
     def __len__(self) -> int:
         return len(self.number)
@@ -76,6 +80,11 @@ def suspects(
     nearly as frequent in a class as the right one: record a shorter training. All of this is ours; measured in
     benchmarks/label_noise.py.
 
+    A model that has learned little contradicts right labels, too: no mirror explains its scores (nearly half of all labels
+    would be wrong, or a single bell describes the scores clearly better), and no threshold follows from them. Then there is a
+    warning, and suspects are the few samples of which another class had more than five times the label's probability in the mean
+    over the training. They are ranked by that ratio: the margins of a model that is unsure of everything are small everywhere.
+
     With fewer than 30 observed samples the threshold is 0, where the model begins to prefer another class.
 
     Args:
@@ -87,6 +96,9 @@ def suspects(
     Raises:
         DataError: labels of another data set, or outside the classes; a setting out of range; observed samples without a
             finite margin, which no recorder gives.
+
+    Warns:
+        UserWarning: the training did not tell wrong labels from hard samples.
 
     Example:
         >>> import torch
@@ -125,9 +137,19 @@ def suspects(
         raise DataError(f"{broken:,} observed samples have no finite aum_softmax: the scores are damaged, record again")
     if threshold is None:
         split = suspect_split(scores)
-        cut, count = split.cut, round(split.count)
+        cut, count, separable = split.cut, round(split.count), split.separable
+        if not separable:
+            score, cut = _relative(scores), FIRM
+            hits = scores.hits[seen].sum() / scores.observations[seen].sum()
+            warnings.warn(
+                f"wrong labels cannot be told from hard samples: this training got {hits:.0%} of its labels right, and contradicts "
+                "too many for all of them to be wrong. Only what it contradicts most firmly is suspected. Record a training that "
+                "learns more (more epochs, another learning rate, a stronger model)",
+                stacklevel=2,
+            )
     else:
-        cut = float(threshold)
+        cut, separable = float(threshold), True
+    if threshold is not None or not separable:
         count = int((score[seen] > cut).sum())
     found = seen[score[seen] > cut]
     # a stable sort: equal scores stay in the order of the data set
@@ -141,7 +163,17 @@ def suspects(
         threshold=cut,
         estimated_count=count,
         all_scores=score,
+        separable=separable,
     )
+
+
+def _relative(scores: SampleScores) -> Floats:
+    """By how much the strongest other class exceeds the label, of the probability of both; means over the training."""
+    if scores.info.get("task") == "multilabel":  # margin and confidence are of different labels
+        return -scores.aum_softmax
+    label = scores.confidence
+    other = np.maximum(label - scores.aum_softmax, 0)
+    return np.clip((other - label) / np.maximum(other + label, 1e-12), -1, 1)
 
 
 def suspect_split(scores: SampleScores) -> Split:
@@ -151,6 +183,8 @@ def suspect_split(scores: SampleScores) -> Split:
     if len(score) < FEWEST:
         return Split(0.0, float((score > 0).sum()), 0.0)
     split = mirrored_split(score, memorised=False)
+    if not split.separable:
+        return split
     window = scores.info.get("el2n_window") or EL2N_WINDOW
     if np.median(scores.observations[seen]) < window or scores.info.get("task") == "multilabel":
         return split
@@ -161,4 +195,5 @@ def suspect_split(scores: SampleScores) -> Split:
     # EL2N of a label with probability p beside one other class: √2 (1 - p); of its mirror image √2 p; undecided √½
     wrong, right, undecided = float(np.median(early[found])), float(np.median(early[~found])), float(np.sqrt(0.5))
     contradicted = wrong > (undecided + (2 * undecided - right)) / 2
-    return shifted if right < undecided and contradicted else split
+    # EL2N has confirmed it: then half of the labels may be wrong
+    return replace(shifted, separable=True) if right < undecided and contradicted else split
