@@ -29,8 +29,28 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, metavar="S", help=f"stop before so many seconds, with status {STOPPED}"
     )
+    add_table_options(parser)
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that make a table of their records: see `show_table`."""
     parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="for --table: these files instead")
+    parser.add_argument("--save", metavar="NAME", help="for --table: also into results/NAME.jsonl and .md")
+
+
+def show_table(
+    args: argparse.Namespace,
+    path: Path,
+    render: Callable[[list[records.Record]], str],
+    without: Iterable[str] = (),
+) -> None:
+    """Print the table of the records at `path`, or of `--results`; with `--save` keep both, but for the fields `without`."""
+    found = records.read(args.results or [path])
+    text = render(found)
+    print(text)
+    if args.save:
+        records.save(RESULTS / args.save, found, text, without)
 
 
 class OutOfTime(Exception):

@@ -20,7 +20,7 @@ from typing import Any
 import peers
 import records
 import torch
-from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, table
+from bench import STOPPED, Clock, OutOfTime, add_run_options, circumstances, show_table, table
 from data import Cifar10
 from methods import METHODS, Job
 from models import build
@@ -101,7 +101,7 @@ def main() -> int:
     args = parse()
     results = args.out / "cifar.jsonl"
     if args.table:
-        print(render(records.read(args.results or [results])))
+        show_table(args, results, render)
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)

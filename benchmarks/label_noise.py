@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import records
 import torch
-from bench import RESULTS, circumstances, one_thread, table
+from bench import add_table_options, circumstances, one_thread, show_table, table
 from sample_tasks import CLASSES, HUMAN, TASKS, Task, flipped, human_labels, load_task
 from sample_training import DEFAULTS, Recipe, probabilities, test_accuracy, train
 from torch import Tensor
@@ -271,19 +271,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-drops", action="store_true", help="do not train without the suspects")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without cleanlab and aum")
     parser.add_argument("--out", type=Path, default=Path("runs/label_noise"), help="label_noise.jsonl (%(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, nargs="+", help="for --table: these files instead")
-    parser.add_argument("--save", metavar="NAME", help="for --table: also into results/NAME.jsonl and .md")
+    add_table_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     if args.table:
-        found = records.read(args.results or [args.out / "label_noise.jsonl"])
-        print(summary(found))
-        if args.save:
-            records.save(RESULTS / args.save, found, summary(found), without=("flags",))
+        show_table(args, args.out / "label_noise.jsonl", summary, without=("flags",))
         return
     one_thread("cpu", 1)
     task = load_task(args.task, args.data, args.train_subset)

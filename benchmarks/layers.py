@@ -20,7 +20,7 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import add_run_options, fill, table
+from bench import add_run_options, fill, show_table, table
 from data import DATA_SETS, Images
 from models import SMALL
 from safetensors.torch import load_file
@@ -98,7 +98,7 @@ def main() -> int:
     args = parse()
     results = args.out / "layers.jsonl"
     if args.table:
-        print(render(records.read(args.results or [results])))
+        show_table(args, results, render)
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -27,7 +27,7 @@ from typing import Any
 import records
 import torch
 import torch.nn.functional as F
-from bench import add_run_options, fill, table
+from bench import add_run_options, fill, show_table, table
 from layers import ALLOCATORS, DEFAULT, Plans
 from models import MobileNetV2
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def main() -> int:
     args = parse()
     results = args.out / "layers_pretrained.jsonl"
     if args.table:
-        print(render(records.read(args.results or [results])))
+        show_table(args, results, render)
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)

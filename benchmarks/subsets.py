@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import records
-from bench import RESULTS, circumstances, one_thread, table
+from bench import add_table_options, circumstances, one_thread, show_table, table
 from sample_tasks import TASKS, Task, flipped, load_task
 from sample_training import DEFAULTS, Recipe, test_accuracy, train
 
@@ -118,15 +118,10 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/subsets"), help="subsets.jsonl (%(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, nargs="+", help="for --table: these files instead")
-    parser.add_argument("--save", metavar="NAME", help="for --table: also into results/NAME.jsonl and .md")
+    add_table_options(parser)
     args = parser.parse_args()
     if args.table:
-        found = records.read(args.results or [args.out / "subsets.jsonl"])
-        print(summary(found))
-        if args.save:
-            records.save(RESULTS / args.save, found, summary(found))
+        show_table(args, args.out / "subsets.jsonl", summary)
         return
     one_thread("cpu", 1)
     task = load_task(args.task, args.data, args.train_subset, args.test_subset)
