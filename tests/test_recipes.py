@@ -382,6 +382,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
     assert files == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
 
+def test_going_on_from_other_weights_is_said(tmp_path):
+    first = run(checkpoint=tmp_path, epochs=2)
+    other = make_model()
+    torch.nn.init.normal_(next(other.parameters()))
+    with pytest.warns(UserWarning, match="started from other weights than this model's"):
+        again = run(other, checkpoint=tmp_path, epochs=2)
+    assert again.plan == first.plan
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     run(checkpoint=tmp_path, epochs=2)
     (weights,) = tmp_path.glob("*.safetensors")
@@ -461,6 +470,11 @@ X, Y = torch.randn(8, 6), torch.randint(0, 3, (8,))
         ({"loss": lambda m, b: 3.0}, pw.DataError, "should be one number"),
         ({"loss": lambda m, b: torch.zeros((), requires_grad=True) * 1}, pw.PrunewiseError, "gradient"),
         ({"optimizer": lambda p: 3}, pw.DataError, "optimizer= gave a int"),
+        ({"optimizer": "sgd"}, pw.DataError, "optimizer='sgd' should be a callable"),
+        ({"loss": "ce"}, pw.DataError, "loss='ce' should be a callable"),
+        ({"metric": "accuracy"}, pw.DataError, "metric='accuracy' should be a callable"),
+        ({"lr_schedule": lambda share: None}, pw.DataError, "lr_schedule gave None at 0 of the run"),
+        ({"checkpoint": __file__}, pw.CheckpointError, "is a file: name a folder"),
         ({"method": "guess"}, pw.PlanError, "unknown importance 'guess'"),
         ({"method": "magnitude", "shrink_every": 5}, pw.PlanError, "needs method='gates'"),
         ({"method": "magnitude", "drop_blocks": True}, pw.PlanError, "importance='taylor'"),

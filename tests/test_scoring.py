@@ -90,6 +90,21 @@ def test_goes_on_where_it_was(tmp_path: Path) -> None:
         pw.score_samples(network(), loader(), epochs=EPOCHS, checkpoint=tmp_path, progress=False)
 
 
+def test_a_folder_of_other_weights_or_labels(tmp_path: Path) -> None:
+    first = pw.score_samples(network(), loader(), epochs=1, checkpoint=tmp_path, progress=False)
+    other = network()
+    nn.init.normal_(other[0].weight)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="started from other weights than this model's") as caught:
+        again = pw.score_samples(other, loader(), epochs=1, checkpoint=tmp_path, progress=False)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(first.aum, again.aum)
+    flipped = DataLoader(pw.track(list(zip(X, 1 - Y, strict=True))), 16, shuffle=True)
+    with pytest.raises(
+        pw.CheckpointError, match=r"a run on other data: sample \d+ had label [01] there and has [01] here"
+    ):
+        pw.score_samples(network(), flipped, epochs=1, checkpoint=tmp_path, progress=False)
+
+
 class ByName(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +134,11 @@ def test_dicts_subsets_and_own_ids() -> None:
         ({"loss": lambda logits, targets: logits.sum() * float("nan")}, pw.NonFiniteError, "the loss is nan at epoch 1, step 1"),
         ({"optimizer": lambda parameters: None}, pw.DataError, "optimizer= gave a NoneType"),
         ({"model": nn.Flatten()}, pw.DataError, "no parameter"),
+        ({"optimizer": "sgd"}, pw.DataError, "optimizer='sgd' should be a callable that makes a torch.optim.Optimizer"),
+        ({"loss": "ce"}, pw.DataError, "loss='ce' should be a callable"),
+        ({"lr_schedule": 0.1}, pw.DataError, "lr_schedule=0.1 should be a callable"),
+        ({"lr_schedule": lambda share: None}, pw.DataError, "lr_schedule gave None at 0 of the run"),
+        ({"checkpoint": __file__}, pw.CheckpointError, "is a file: name a folder"),
     ],
 )  # fmt: skip
 def test_bad_input(given: dict[str, Any], error: type[Exception], message: str) -> None:

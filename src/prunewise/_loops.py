@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def sgd(parameters: list[nn.Parameter], lr: float = 0.01) -> torch.optim.Optimiz
 def make_optimizer(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None, model: nn.Module
 ) -> torch.optim.Optimizer:
+    require_callable("optimizer", make, "that makes a torch.optim.Optimizer of a list of parameters")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise DataError("no parameter of the model requires a gradient: nothing can be trained")
@@ -62,10 +64,27 @@ def check_settings(loader: Any, epochs: Any, seed: Any, every: Any) -> None:
         raise DataError("train_loader is empty: give one with batches (drop_last drops a batch that is not full)")
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float], factor: float) -> None:
-    """Learning rates of the parameter groups: what they started with times a factor."""
+def require_callable(name: str, value: Any, what: str) -> None:
+    """Raise where a setting is neither None nor a callable."""
+    if value is not None and not callable(value):
+        raise DataError(f"{name}={value!r} should be a callable {what}")
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, rates: Iterable[float], schedule: Callable[[float], float], share: float
+) -> None:
+    """Learning rates of the parameter groups: what they started with times the schedule's factor at a share of the run."""
+    factor = schedule(share)
+    try:
+        number = float(factor)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"lr_schedule gave {factor!r} at {share:.3g} of the run: it should be a finite factor of the rate"
+        )
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
+        group["lr"] = rate * number
 
 
 def one_number(loss: Any) -> Tensor:
@@ -93,6 +112,26 @@ def finite(loss: Tensor, epoch: int, step: int) -> float:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, those that `state_dict` leaves out, too."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in state_of(model).items():
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
+
+
+def warn_of_other_weights(saved: str, digest: str, folder: Path, stacklevel: int = 3) -> None:
+    """Say where a run goes on that was not started from these weights: its own are as good as any, but they are its own."""
+    if saved != digest:
+        warnings.warn(
+            f"{folder} holds a run that started from other weights than this model's: it goes on with its own, and those given "
+            "play no part. Name another folder to start from them",
+            stacklevel=stacklevel,
+        )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from prunewise._files import TensorFile, is_sha256, opened, read_json, stage_ten
 from prunewise.core.errors import CheckpointError
 
 _KIND = "prunewise/run-state"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_state(directory: Path, name: str, state: Any) -> None:
@@ -44,6 +44,8 @@ def load_state(directory: Path, name: str) -> Any:
         CheckpointError: a file is missing, damaged or of another version.
     """
     path = directory / f"{name}.json"
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: name a folder, which the run keeps its state in")
     if not path.exists() and not path.is_symlink():
         return None
     data = read_json(path)

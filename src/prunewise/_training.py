@@ -161,6 +161,7 @@ class Run:
         self.original: Score | None = None
         self.gated: Score | None = None
         self.resumed = False
+        self.start = ""  # which weights the run began with
         self._epoch, self._step, self._loss_sum = 0, 0, 0.0
         self._rng: dict[str, Any] | None = None
         self._folder: Path | None = None
@@ -203,7 +204,7 @@ class Run:
 
     def _one_step(self, batch: Any) -> None:
         share = (self._epoch * self.steps + self._step) / (self.epochs * self.steps)
-        set_rates(self.optimizer, self.base_rates, float(self.lr_schedule(share)))
+        set_rates(self.optimizer, self.base_rates, self.lr_schedule, share)
         loss = self.task.loss(self.network, batch)
         value = finite(loss, self._epoch, self._step)
         if self.session is not None:
@@ -262,6 +263,7 @@ class Run:
                 )
         state = {
             "settings": self._settings,
+            "start": self.start,
             "epoch": self._epoch,
             "step": self._step,
             "loss_sum": self._loss_sum,
@@ -282,9 +284,11 @@ class Run:
         require_fitting(self.network, state["model"], folder)
         history = [HistoryRow(**row) for row in state["history"]]
         scores = [None if s is None else Score(**s) for s in state["scores"]]
+        start = str(state["start"])
         epoch, step, loss_sum = int(state["epoch"]), int(state["step"]), float(state["loss_sum"])
         self.optimizer.load_state_dict(state["optimizer"])
         fill(self.network, state["model"])
         self.original, self.gated = scores
+        self.start = start
         self.history, self._epoch, self._step, self._loss_sum = history, epoch, step, loss_sum
         self.task.metric_name, self._rng, self.resumed = state["metric_name"], state["rng"], True

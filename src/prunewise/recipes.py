@@ -17,7 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise._loops import check_settings, cosine, first_batch, make_optimizer, own_randomness, seed_epoch
+from prunewise._loops import (
+    check_settings,
+    cosine,
+    digest_of,
+    first_batch,
+    make_optimizer,
+    own_randomness,
+    require_callable,
+    seed_epoch,
+    warn_of_other_weights,
+)
 from prunewise._training import HistoryRow, Loss, Metric, Run, Score, Task
 from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
@@ -173,6 +183,9 @@ def compress(
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
     check_settings(train_loader, epochs, seed, checkpoint_every)
+    require_callable("loss", loss, "of (model, batch), or a criterion")
+    require_callable("metric", metric, "of (model, val_loader)")
+    require_callable("lr_schedule", lr_schedule, "from the share of the run to a factor of the rate")
     if shrink_every is not None and method != "gates":
         raise PlanError(f"shrink_every= needs method='gates', not {method!r}, which removes all at the start")
     if checkpoint is not None and getattr(train_loader, "persistent_workers", False):
@@ -213,10 +226,12 @@ def compress(
         run.optimizer = make_optimizer(optimizer, network)
         run.base_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
         if checkpoint is not None:
+            run.start = start = digest_of(model)
             run.keep_in(Path(checkpoint), checkpoint_every, {
                 "model": fingerprint(model), "budget": repr(budget), "method": method, "amp": amp,
                 "drop_blocks": drop_blocks, "shrink_every": shrink_every,
             })  # fmt: skip
+            warn_of_other_weights(run.start, start, Path(checkpoint))
         if not run.resumed:
             run.original = task.score(model)
             run.gated = task.score(network) if plan is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,30 @@ from torch import Tensor, nn
 from prunewise._loops import (
     check_settings,
     cosine,
+    digest_of,
     fill,
     finite,
+    first_batch,
     make_optimizer,
     one_number,
     own_randomness,
     reading,
+    require_callable,
     require_fitting,
     require_same,
     seed_epoch,
     set_rates,
     state_of,
+    warn_of_other_weights,
 )  # fmt: skip
 from prunewise._progress import progress as shown_progress
 from prunewise._state import load_state, save_state
 from prunewise.core.batch import moved
-from prunewise.core.errors import DataError
+from prunewise.core.errors import CheckpointError, DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied
 from prunewise.samples.ids import SampleIndex
-from prunewise.samples.passes import forward_batch
+from prunewise.samples.passes import forward_batch, split_batch
 from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores
 from prunewise.samples.tracking import TrackedDataset
@@ -87,6 +92,8 @@ def score_samples(
         (32, 3)
     """
     check_settings(train_loader, epochs, seed, None)
+    require_callable("loss", loss, "of (logits, targets)")
+    require_callable("lr_schedule", lr_schedule, "from the share of the run to a factor of the rate")
     index = _index_of(train_loader)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss or nn.functional.cross_entropy
@@ -98,15 +105,15 @@ def score_samples(
         "model": fingerprint(model), "samples": len(index), "epochs": epochs, "steps": steps, "seed": seed, "rates": rates,
         "optimizer": type(made).__qualname__,
     }  # fmt: skip
-    folder = None if checkpoint is None else Path(checkpoint)
-    first = 0 if folder is None else _resume(folder, settings, network, made, recorder, labels)
+    run = _Run(None if checkpoint is None else Path(checkpoint), settings, network, made, recorder, labels)
+    first = run.resume(train_loader, device)
     with own_randomness(device, train_loader), shown_progress(progress, epochs * steps, "score") as display:
         for epoch in range(first, epochs):
             seed_epoch(train_loader, seed, epoch)
             network.train()
             summed = 0.0
             for step, batch in enumerate(train_loader):
-                set_rates(made, rates, float(lr_schedule((epoch * steps + step) / (epochs * steps))))
+                set_rates(made, rates, lr_schedule, (epoch * steps + step) / (epochs * steps))
                 ids, logits, targets = forward_batch(network, moved(batch, device))
                 value = one_number(criterion(logits, targets))
                 summed += finite(value, epoch, step)
@@ -116,8 +123,7 @@ def score_samples(
                 recorder.update(ids, logits.detach(), targets)
                 labels.note(ids, targets)
                 display.step(epoch * steps + step + 1)
-            if folder is not None:
-                save_state(folder, _STATE, _state(settings, epoch + 1, network, made, recorder, labels))
+            run.save(epoch + 1)
             display.line(f"epoch {epoch + 1}/{epochs}  loss {summed / steps:.4f}")
     return recorder.scores(labels.all(), model=type(model).__name__, seed=seed)
 
@@ -139,9 +145,8 @@ class _Labels:
     def __init__(self, n: int) -> None:
         self.values: Tensor | None = torch.full((n,), -1)
 
-    def note(self, ids: Any, targets: Tensor) -> None:
-        plain = isinstance(ids, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
-        if self.values is None or not plain:
+    def note(self, ids: Any, targets: Any) -> None:
+        if self.values is None or not _are_classes(ids, targets):
             self.values = None
             return
         self.values = self.values.to(targets.device)
@@ -152,38 +157,64 @@ class _Labels:
         return None if self.values is None or bool((self.values < 0).any()) else self.values.cpu().numpy()
 
 
-def _state(
-    settings: dict[str, Any],
-    epoch: int,
-    network: nn.Module,
-    made: torch.optim.Optimizer,
-    recorder: LearnabilityRecorder,
-    labels: _Labels,
-) -> dict[str, Any]:
-    return {
-        "settings": settings, "epoch": epoch, "model": state_of(network), "optimizer": made.state_dict(),
-        "recorder": recorder.state_dict(), "labels": labels.values,
-    }  # fmt: skip
+def _are_classes(ids: Any, targets: Any) -> bool:
+    plain = isinstance(ids, Tensor) and isinstance(targets, Tensor)
+    return plain and targets.dim() == 1 and not targets.is_floating_point()
 
 
-def _resume(
-    folder: Path,
-    settings: dict[str, Any],
-    network: nn.Module,
-    made: torch.optim.Optimizer,
-    recorder: LearnabilityRecorder,
-    labels: _Labels,
-) -> int:
-    """Take up what lies in the folder; the number of epochs done."""
-    state = load_state(folder, _STATE)
-    if state is None:
-        return 0
-    with reading(folder):
-        require_same(settings, state["settings"], folder)
-        require_fitting(network, state["model"], folder)
-        recorder.load_state_dict(state["recorder"])
-        made.load_state_dict(state["optimizer"])
-        fill(network, state["model"])
-        labels.values = state["labels"]
-        return int(state["epoch"])
-    raise AssertionError
+@dataclass
+class _Run:
+    """What a run consists of, and the folder it goes on from; None: it keeps nothing."""
+
+    folder: Path | None
+    settings: dict[str, Any]
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    recorder: LearnabilityRecorder
+    labels: _Labels
+
+    def __post_init__(self) -> None:
+        self._start = digest_of(self.network) if self.folder is not None else ""
+
+    def save(self, epoch: int) -> None:
+        """After `epoch` epochs."""
+        if self.folder is not None:
+            save_state(self.folder, _STATE, {
+                "settings": self.settings, "start": self._start, "epoch": epoch, "model": state_of(self.network),
+                "optimizer": self.optimizer.state_dict(), "recorder": self.recorder.state_dict(), "labels": self.labels.values,
+            })  # fmt: skip
+
+    def resume(self, loader: Iterable[Any], device: torch.device) -> int:
+        """Take up what lies in the folder; the number of epochs done."""
+        state = None if self.folder is None else load_state(self.folder, _STATE)
+        if self.folder is None or state is None:
+            return 0
+        with reading(self.folder):
+            require_same(self.settings, state["settings"], self.folder)
+            require_fitting(self.network, state["model"], self.folder)
+            start, epoch, labels = str(state["start"]), int(state["epoch"]), state["labels"]
+        with own_randomness(device, loader):
+            _require_same_labels(labels, first_batch(loader), self.folder)
+        with reading(self.folder):
+            self.recorder.load_state_dict(state["recorder"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            fill(self.network, state["model"])
+            self.labels.values = labels
+        warn_of_other_weights(start, self._start, self.folder, stacklevel=4)
+        self._start = start
+        return epoch
+
+
+def _require_same_labels(known: Tensor | None, batch: Any, folder: Path) -> None:
+    """Raise where samples of a batch have other labels than the run saw. One batch: a pass over the data may take long."""
+    ids, _, targets = split_batch(batch)
+    if known is None or not _are_classes(ids, targets):
+        return
+    before = known[ids.cpu()]
+    other = ((before >= 0) & (before != targets.cpu())).nonzero()
+    if len(other):
+        i = int(other[0])
+        raise CheckpointError(
+            f"{folder} holds a run on other data: sample {ids[i].item()} had label {before[i].item()} there and has "
+            f"{targets[i].item()} here. Name another folder, or delete this one, to start anew"
+        )

@@ -45,13 +45,22 @@ def forward_batch(model: nn.Module, batch: Any) -> tuple[Any, Tensor, Tensor]:
     Raises:
         DataError: the batch has another form.
     """
+    ids, inputs, targets = split_batch(batch)
+    return ids, _logits(model(**inputs) if isinstance(inputs, dict) else model(inputs[0])), targets
+
+
+def split_batch(batch: Any) -> tuple[Any, dict[str, Any] | tuple[Any], Any]:
+    """(sample ids, inputs by keyword or the one input, targets) of a batch of a tracked data set.
+
+    Raises:
+        DataError: the batch has another form.
+    """
     if isinstance(batch, Mapping) and FIELD in batch:
         label = next((name for name in LABELS if name in batch), None)
         if label is not None:
-            output = model(**{k: v for k, v in batch.items() if k not in (FIELD, label)})
-            return batch[FIELD], _logits(output), batch[label]
+            return batch[FIELD], {k: v for k, v in batch.items() if k not in (FIELD, label)}, batch[label]
     elif isinstance(batch, (tuple, list)) and len(batch) == 3:
-        return batch[2], _logits(model(batch[0])), batch[1]
+        return batch[2], (batch[0],), batch[1]
     found = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     if isinstance(batch, (tuple, list)):
         found += f" of {len(batch)}"
