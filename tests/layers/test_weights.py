@@ -39,6 +39,13 @@ def test_frozen_layers_count_and_norms_do_not() -> None:
 def test_attention_that_reads_its_weights_itself_does_not_count() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     assert [found.name for found in find_layers(layer)] == ["linear1", "linear2"]
+    model = nn.ModuleList([layer, nn.TransformerEncoderLayer(8, 2, 16)])
+    with pytest.warns(
+        UserWarning, match=r"^512 weights inside nn.MultiheadAttention \('0.self_attn' and 1 more\) do not"
+    ) as caught:
+        plan = pw.allocate(model, 0.5, "erk")
+    assert caught[0].filename == __file__
+    assert set(plan.keep) == {"0.linear1", "0.linear2", "1.linear1", "1.linear2"}
 
 
 def test_choice_of_layers() -> None:

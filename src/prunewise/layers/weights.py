@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -163,6 +164,22 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
             f"no convolution or linear layer of this {type(model).__name__} counts: all excluded, or there is none"
         )
     return wanted
+
+
+def warn_of_attention(model: nn.Module) -> None:
+    """Warn the caller's caller where weights that one would expect to count do not: those inside nn.MultiheadAttention."""
+    sizes = {
+        path: sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    if sizes:
+        first, *others = sizes
+        warnings.warn(
+            f"{sum(sizes.values()):,} weights inside nn.MultiheadAttention ({first!r}{f' and {len(others)} more' * bool(others)}) "
+            "do not count: they stay as they are, and the total sparsity is that of the other layers",
+            stacklevel=3,
+        )
 
 
 def _counts(module: nn.Module) -> bool:
