@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 import warnings
 from itertools import combinations
@@ -88,22 +89,31 @@ def compared(folder: Path, found: list[dict[str, Any]], task: Task) -> list[dict
 
 
 def summary(pairs: list[dict[str, Any]]) -> str:
-    """A row a pair of architectures: the mean over all pairs of seeds, and beneath the ceilings."""
+    """A row a pair of architectures: the mean over all pairs of seeds, and beneath the ceilings.
+
+    The last column is Pearson over the geometric mean of the two ceilings: what would be left without the noise of single runs
+    (Spearman's correction for attenuation, 1904).
+    """
 
     def cell(rows: list[dict[str, Any]], mode: str, kind: str) -> str:
         values = [r[kind] for r in rows if r["mode"] == mode]
         return f"{sum(values) / len(values):.3f}" if values else ""
 
     groups = records.grouped(pairs, lambda p: tuple(p["models"]))
+    ceilings = {a: float(cell(group, MODES[0], "pearson")) for (a, b), group in groups.items() if a == b}
     rows = []
     for (a, b), group in sorted(groups.items(), key=lambda item: item[0][0] == item[0][1]):
         title = f"{a}, other seed (ceiling)" if a == b else f"{a}, {b}"
         values = [cell(group, mode, kind) for mode in MODES for kind in ("pearson", "spearman")]
-        rows.append([title, sum(p["mode"] == MODES[0] for p in group), *values])
+        corrected = ""
+        if a != b and a in ceilings and b in ceilings and ceilings[a] > 0 < ceilings[b]:
+            corrected = f"{float(values[0]) / math.sqrt(ceilings[a] * ceilings[b]):.2f}"
+        rows.append([title, sum(p["mode"] == MODES[0] for p in group), *values, corrected])
     head = [
         "architectures",
         "pairs of runs",
         *(f"{kind}, {mode} pass" for mode in MODES for kind in ("Pearson", "Spearman")),
+        "Pearson, train pass, over the ceilings",
     ]
     return table(head, rows)
 
