@@ -317,6 +317,17 @@ def test_difficulty_keeps_one_end() -> None:
     assert pw.select_subset(s, 0.3, strategy="difficulty", by="loss").tolist() == [7, 8, 9]
 
 
+@pytest.mark.parametrize("strategy", ["difficulty", "coverage", "random"])
+def test_subsets_without_some(strategy: str) -> None:
+    s = scores_of(np.linspace(1, 0, 20))
+    out = np.array([19, 3, 4])
+    assert not np.isin(pw.select_subset(s, 0.5, strategy=strategy, without=out), out).any()
+    assert len(pw.select_subset(s, 0.5, strategy=strategy, without=out)) == 10
+    assert len(pw.select_subset(s, 0.9, strategy=strategy, without=out)) == 17, "all that are left"
+    alone = pw.select_subset(s, 0.5, strategy=strategy, without=np.arange(1, 20))
+    assert alone.tolist() == [0]
+
+
 def test_coverage_drops_the_hardest_and_covers_the_rest_evenly() -> None:
     """A hundred easy samples, ten in between, ten hard, ten hardest."""
     share = np.concatenate([np.full(100, 0.95), np.full(10, 0.65), np.full(10, 0.35), np.full(10, 0.0)])
@@ -338,7 +349,9 @@ def test_ties_are_broken_by_the_seed_and_not_by_position() -> None:
     ("given", "message"),
     [({"fraction": 0}, "fraction=0"), ({"fraction": 1.1}, "fraction=1.1"), ({"fraction": True}, "fraction=True"),
      ({"strategy": "best"}, "strategy='best'"), ({"keep": "all"}, "keep='all'"), ({"drop_hardest": 1}, "drop_hardest=1"),
-     ({"strata": 0}, "strata=0"), ({"by": "size"}, "no score of difficulty")],
+     ({"strata": 0}, "strata=0"), ({"by": "size"}, "no score of difficulty"),
+     ({"without": [9]}, r"without=\[9\] should hold numbers of samples, from 0 to 8"), ({"without": [-1]}, "from 0 to 8"),
+     ({"without": ["a"]}, "from 0 to 8"), ({"without": [True]}, "from 0 to 8"), ({"without": range(9)}, "nothing is left")],
 )  # fmt: skip
 def test_bad_subsets(given: dict[str, Any], message: str) -> None:
     with pytest.raises(pw.DataError, match=message):

@@ -75,9 +75,10 @@ def select_subset(
     keep: str = "hard",
     drop_hardest: float = 0.1,
     strata: int = 50,
+    without: Any = (),
     seed: int = 0,
 ) -> Ints:
-    """Numbers of the samples to keep, ascending: `round(fraction · N)` of them, at least one.
+    """Numbers of the samples to keep, ascending: `round(fraction · N)` of them, at least one; fewer only by `without`.
 
     Strategies:
         difficulty: the hardest (`keep="hard"`) or the easiest samples by a score. Good for large fractions; below some 50 % the
@@ -90,10 +91,12 @@ def select_subset(
         scores: all N samples observed, but for "random".
         fraction: in (0, 1].
         strategy, by, keep, drop_hardest, strata: see above. Where fewer samples than asked for are left, fewer are dropped.
+        without: numbers of samples that are out of the question, as in `suspects(scores, labels).number`. All others are kept
+            where they are fewer than asked for.
         seed: of the random choice; ties of difficulty are broken by it too.
 
     Raises:
-        DataError: a setting out of range; samples that were never observed.
+        DataError: a setting out of range; samples that were never observed; nothing is left.
 
     Example:
         >>> import torch
@@ -112,9 +115,10 @@ def select_subset(
     if not 0 <= drop_hardest < 1 or isinstance(strata, bool) or not isinstance(strata, int) or strata < 1:
         raise DataError(f"drop_hardest={drop_hardest!r} should be in [0, 1), strata={strata!r} an int of at least 1")
     n = len(scores)
-    count = max(1, round(fraction * n))
     random = np.random.default_rng(seed)
     order = random.permutation(n)
+    order = order[_wanted(without, n)[order]]
+    count = min(max(1, round(fraction * n)), len(order))
     if strategy == "random":
         return np.sort(order[:count])
     difficulty = observed_difficulty(scores, by)
@@ -122,8 +126,20 @@ def select_subset(
     easy_first = order[np.argsort(difficulty[order], kind="stable")]
     if strategy == "difficulty":
         return np.sort(easy_first[-count:] if keep == "hard" else easy_first[:count])
-    left = easy_first[: max(count, n - int(drop_hardest * n))]
+    left = easy_first[: max(count, len(order) - int(drop_hardest * n))]
     return np.sort(_stratified(left, difficulty, count, strata, random))
+
+
+def _wanted(without: Any, n: int) -> npt.NDArray[np.bool_]:
+    """(N,): which samples may be kept."""
+    numbers = np.asarray(without)
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= n):
+        raise DataError(f"without={str(without)[:80]} should hold numbers of samples, from 0 to {n - 1}")
+    wanted = np.ones(n, bool)
+    wanted[numbers.astype(np.int64)] = False
+    if not wanted.any():
+        raise DataError(f"without= names all {n:,} samples: nothing is left")
+    return wanted
 
 
 def observed_difficulty(scores: SampleScores, by: str) -> Floats:

@@ -59,20 +59,13 @@ class SampleSelector:
         wrong: Ints = np.empty(0, np.int64)
         if labels is not None and self.drop_suspects:
             wrong = np.sort(suspects(scores, labels).number)
-        left = np.setdiff1d(np.arange(len(scores)), wrong)
-        if not len(left):
+        if len(wrong) == len(scores):
             raise DataError("all samples are suspects: use drop_suspects=False")
-        # of the others a larger share, so that it is the fraction of all that stays
-        share = (
-            min(1.0, max(1, round(self.fraction * len(scores))) / len(left))
-            if 0 < self.fraction <= 1
-            else self.fraction
-        )
         chosen = select_subset(
-            scores.take(left), share, strategy=self.strategy, by=self.by, keep=self.keep, seed=self.seed
+            scores, self.fraction, strategy=self.strategy, by=self.by, keep=self.keep, without=wrong, seed=self.seed
         )
         self.support_: npt.NDArray[np.bool_] = np.zeros(len(scores), bool)
-        self.support_[left[chosen]] = True
+        self.support_[chosen] = True
         self.suspects_: Ints = wrong
         self.difficulty_: Floats = scores.difficulty(self.by)
         self.n_samples_ = len(scores)
