@@ -77,9 +77,10 @@ class Routed(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = self.router(x).argmax(-1)
-        x = self.embed(x)
-        out = x.clone()
+        return self.routed(self.router(x), self.embed(x))
+
+    def routed(self, logits: Tensor, x: Tensor) -> Tensor:
+        chosen, out = logits.argmax(-1), x.clone()
         for number, expert in enumerate(self.experts):
             rows, columns = torch.where(chosen == number)
             if len(rows):
@@ -113,13 +114,7 @@ class RoutedInside(Routed):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        chosen = self.router(x).argmax(-1)
-        out = x.clone()
-        for number, expert in enumerate(self.experts):
-            rows, columns = torch.where(chosen == number)
-            if len(rows):
-                out[rows, columns] = out[rows, columns] + expert(x[rows, columns])
-        return self.head(out)
+        return self.routed(self.router(x), x)
 
 
 @pytest.mark.filterwarnings(FOLLOWED)

@@ -26,9 +26,6 @@ REFUSED: dict[str, str] = {
 # With a single unit left, einsum multiplies element by element, which is not counted.
 FEWER_AT_ONE = frozenset({"Experts"})
 
-# Known violations and why. Strict: take out what is mended.
-BROKEN: dict[str, str] = {}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,13 +46,8 @@ def assert_same(want: list[Tensor], got: list[Tensor], what: str) -> None:
                                    equal_nan=False)  # fmt: skip
 
 
-def cases() -> list[Any]:
-    marks = {name: [pytest.mark.xfail(reason=why, strict=True)] for name, why in BROKEN.items()}
-    return [pytest.param(name, marks=marks.get(name, [])) for name in ODD]
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", ODD)
 def test_gated_is_small_or_pinned(name: str) -> None:
     odd = ODD[name]
     torch.manual_seed(1)

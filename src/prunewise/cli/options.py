@@ -37,6 +37,23 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint_option(parser: argparse.ArgumentParser, limits: str = "") -> None:
+    """The option of the verbs that train."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help=f"{limits}save the run's state here after every epoch, and go on from it if the run was stopped",
+    )
+
+
+def add_suspects_option(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that show suspects."""
+    parser.add_argument(
+        "--suspects", metavar="N", type=int, default=10, help="show so many suspects, worst first (%(default)s)"
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, traced: bool = True) -> None:
     """Options of the verbs that take a model; `traced` where they need an example input."""
     parser.add_argument(

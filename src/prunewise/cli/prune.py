@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import UsageError, add_choice_options, add_model_options, amount, choice
+from prunewise.cli.options import (
+    UsageError,
+    add_checkpoint_option,
+    add_choice_options,
+    add_model_options,
+    amount,
+    choice,
+)
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -31,12 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=10, help="epochs of training, for gates (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        type=Path,
-        help="for gates: save the run's state here after every epoch, and go on from it if the run was stopped",
-    )
+    add_checkpoint_option(parser, "for gates: ")
     parser.add_argument(
         "--shrink-every",
         metavar="STEPS",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import UsageError, make_folder
+from prunewise.cli.options import UsageError, add_suspects_option, make_folder
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FACTORY",
         help="a callable without arguments that returns the labels by sample number, or a .npy file (default: none shown)",
     )
-    parser.add_argument(
-        "--suspects", metavar="N", type=int, default=10, help="show so many suspects, worst first (%(default)s)"
-    )
+    add_suspects_option(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the result here, as JSON")
 
 

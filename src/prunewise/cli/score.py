@@ -6,7 +6,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from prunewise.cli.options import UsageError, add_model_options, make_folder
+from prunewise.cli.options import UsageError, add_checkpoint_option, add_model_options, add_suspects_option, make_folder
 from prunewise.cli.output import print_json, print_line
 from prunewise.cli.report import print_summary, summary
 
@@ -19,15 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=10, help="epochs of training (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD at the start (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        type=Path,
-        help="save the run's state here after every epoch, and go on from it if the run was stopped",
-    )
-    parser.add_argument(
-        "--suspects", metavar="N", type=int, default=10, help="show so many suspects, worst first (%(default)s)"
-    )
+    add_checkpoint_option(parser)
+    add_suspects_option(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("runs/scores.parquet"), help="the scores (%(default)s)"
     )
