@@ -70,12 +70,20 @@ def squares_of(layer: Layer, inputs: Tensor) -> tuple[Tensor, int]:
     """
     module: Any = layer.module
     if not isinstance(module, CONV + TRANSPOSED):
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64)
-        return rows.square().sum(0, keepdim=True), len(rows)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return _sum_of_squares(rows), len(rows)
     dims = len(module.kernel_size)
     inputs = inputs.unsqueeze(0) if inputs.dim() == dims + 1 else inputs
-    patches = patches_of(layer, inputs.to(torch.float64).square().sum(0, keepdim=True))
+    patches = patches_of(layer, _sum_of_squares(inputs))
     return patches.sum(1), patches.shape[1] * len(inputs)
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Sum along the first dimension, which stays, of size 1; float64. By pieces that a cache holds: several times as fast."""
+    total = values.new_zeros((1, *values.shape[1:]), dtype=torch.float64)
+    for piece in values.split(max(1, 2**19 // max(1, total.numel()))):
+        total += piece.to(torch.float64).square().sum(0)
+    return total
 
 
 def _stuffed(module: Any, inputs: Tensor) -> Tensor:
