@@ -105,6 +105,51 @@ def test_a_folder_of_other_weights_or_labels(tmp_path: Path) -> None:
         pw.score_samples(network(), flipped, epochs=1, checkpoint=tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("targets", [Y, Y.float(), Y[:, None].float()])
+def test_two_classes_from_one_logit(targets: Tensor) -> None:
+    data = DataLoader(pw.track(list(zip(X, targets, strict=True))), 16, shuffle=True)
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    scores = pw.score_samples(model, data, epochs=15, optimizer=lambda p: torch.optim.SGD(p, lr=0.5), progress=False)
+    assert scores.learnability.mean() > 0.9
+
+
+def test_tokens_with_the_classes_last() -> None:
+    y = (X > 0).long()
+    data = DataLoader(pw.track(list(zip(X[:, :, None], y, strict=True))), 16, shuffle=True)
+    torch.manual_seed(0)
+    scores = pw.score_samples(
+        nn.Linear(1, 2), data, epochs=15, optimizer=lambda p: torch.optim.SGD(p, lr=0.5), progress=False
+    )
+    assert scores.learnability.mean() > 0.9
+
+
+def test_epochs_of_different_lengths(tmp_path: Path) -> None:
+    """A curriculum: the rate falls over the whole run, the look at a first batch costs no samples, and the run can be resumed."""
+    data = pw.track(list(zip(X, Y, strict=True)))
+    known = pw.score_samples(network(), loader(), epochs=2, progress=False)
+
+    def graded() -> DataLoader[Any]:
+        return DataLoader(data, 16, sampler=pw.CurriculumSampler(known, epochs=3, start=0.3))
+
+    shares: list[float] = []
+
+    def schedule(share: float) -> float:
+        shares.append(share)
+        return 1.0
+
+    same = {"epochs": 3, "lr_schedule": schedule, "progress": False}
+    whole = pw.score_samples(network(), graded(), **same)  # type: ignore[arg-type]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] < 1
+    assert np.allclose(np.diff(shares), 1 / len(shares))
+    with pytest.raises(KeyboardInterrupt):
+        pw.score_samples(network(), graded(), loss=Stops(2), checkpoint=tmp_path, **same)  # type: ignore[arg-type]
+    again = graded()
+    first = pw.score_samples(network(), again, checkpoint=tmp_path, **same)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(first.observations, whole.observations)
+    pw.score_samples(network(), again, checkpoint=tmp_path, **same)  # type: ignore[arg-type]
+
+
 class ByName(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -209,6 +209,30 @@ def seed_epoch(loader: Any, seed: int, epoch: int) -> None:
     random.seed(number)
     for i, generator in enumerate(_generators(loader)):
         generator.manual_seed(number + i + 1 & (1 << 62) - 1)
+    _set_epoch(loader, epoch)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
     for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(epoch)
+
+
+class Steps:
+    """How many steps each epoch has: some samplers (a curriculum) give more in one than in another."""
+
+    def __init__(self, loader: Any, epochs: int) -> None:
+        self.of: list[int] = []
+        for epoch in range(epochs):
+            _set_epoch(loader, epoch)
+            self.of.append(len(loader))
+        _set_epoch(loader, 0)
+        self.total = sum(self.of)
+
+    def before(self, epoch: int) -> int:
+        """All steps of the epochs before this one."""
+        return sum(self.of[:epoch])
+
+    def share(self, epoch: int, step: int) -> float:
+        """The share of the run that lies before a step, in [0, 1)."""
+        return (self.before(epoch) + step) / self.total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunewise._loops import (
+    Steps,
     fill,
     finite,
     one_number,
@@ -150,7 +151,7 @@ class Run:
     task: Task
     loader: Iterable[Any]
     epochs: int
-    steps: int
+    steps: Steps
     seed: int
     lr_schedule: Callable[[float], float]
 
@@ -170,7 +171,7 @@ class Run:
 
     def train(self, shown: bool) -> None:
         """From where it stands to the last epoch."""
-        with progress(shown, self.epochs * self.steps) as display:
+        with progress(shown, self.steps.total) as display:
             if self.resumed:
                 display.line(f"resumed after {self._epoch} epochs and {self._step} steps")
             while self._epoch < self.epochs:
@@ -187,8 +188,8 @@ class Run:
             self._rng = None
         for batch in batches:
             self._one_step(batch)
-            display.step(self._epoch * self.steps + self._step)
-            if self._step == self.steps:
+            display.step(self.steps.before(self._epoch) + self._step)
+            if self._step == self.steps.of[self._epoch]:
                 break
             if self._every and self._step % self._every == 0:
                 self._save()
@@ -203,8 +204,7 @@ class Run:
         display.line(self._line(self.history[-1]))
 
     def _one_step(self, batch: Any) -> None:
-        share = (self._epoch * self.steps + self._step) / (self.epochs * self.steps)
-        set_rates(self.optimizer, self.base_rates, self.lr_schedule, share)
+        set_rates(self.optimizer, self.base_rates, self.lr_schedule, self.steps.share(self._epoch, self._step))
         loss = self.task.loss(self.network, batch)
         value = finite(loss, self._epoch, self._step)
         if self.session is not None:
@@ -243,7 +243,7 @@ class Run:
         )
         self._folder, self._every = folder, every
         self._settings = {
-            **settings, "epochs": self.epochs, "steps": self.steps, "seed": self.seed, "groups": groups, "limits": limits,
+            **settings, "epochs": self.epochs, "steps": self.steps.of, "seed": self.seed, "groups": groups, "limits": limits,
             "optimizer": type(self.optimizer).__qualname__, "rates": self.base_rates,
             "channels": None if self.plan is None else {n: list(k) for n, k in self.plan.keep.items()},
         }  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunewise._loops import (
+    Steps,
     check_settings,
     cosine,
     digest_of,
@@ -203,11 +204,10 @@ def compress(
             "include": include, "exclude": exclude, "min_keep": min_keep, "round_to": round_to, "drop_blocks": drop_blocks,
         }  # fmt: skip
         session, plan = None, None
-        steps = len(train_loader)  # type: ignore[arg-type]
+        steps = Steps(train_loader, epochs)
         if method == "gates":
-            total = epochs * steps
             session = attach_gates(
-                network, example_inputs, budget=budget, total_steps=total, shrink_every=shrink_every, **choice
+                network, example_inputs, budget=budget, total_steps=steps.total, shrink_every=shrink_every, **choice
             )
         else:
             data = list(islice(train_loader, _TAYLOR_BATCHES)) if method in ("taylor", "hybrid") else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunewise._loops import (
+    Steps,
     check_settings,
     cosine,
     digest_of,
@@ -38,6 +39,7 @@ from prunewise.core.errors import CheckpointError, DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied
 from prunewise.samples.ids import SampleIndex
+from prunewise.samples.observing import class_dims, resolve_task
 from prunewise.samples.passes import forward_batch, split_batch
 from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores
@@ -69,7 +71,8 @@ def score_samples(
         train_loader: a DataLoader over `track(dataset)`: batches (inputs, targets, sample ids), or dicts with `labels` and
             `sample_id`, whose other entries are the model's keywords.
         epochs: E; a sample's learnability is its share of hits in E observations.
-        loss: called with logits and targets, returns one number; default: cross-entropy.
+        loss: called with logits and targets, returns one number; default: cross-entropy, in the form that the shapes ask for
+            (two classes from one logit; tokens).
         optimizer: makes an optimizer of the list of parameters; default: SGD, learning rate 0.01, Nesterov momentum 0.9,
             weight decay 5e-4.
         lr_schedule: factor of the learning rate at a share of the run in [0, 1); default: half a cosine.
@@ -96,24 +99,24 @@ def score_samples(
     require_callable("lr_schedule", lr_schedule, "from the share of the run to a factor of the rate")
     index = _index_of(train_loader)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss or nn.functional.cross_entropy
-    network, steps = copied(model), len(train_loader)  # type: ignore[arg-type]
+    criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss or _cross_entropy
+    network, steps = copied(model), Steps(train_loader, epochs)
     made = make_optimizer(optimizer, network)
     rates = [float(group["lr"]) for group in made.param_groups]
     recorder, labels = LearnabilityRecorder(len(index), ids=index), _Labels(len(index))
     settings = {
-        "model": fingerprint(model), "samples": len(index), "epochs": epochs, "steps": steps, "seed": seed, "rates": rates,
+        "model": fingerprint(model), "samples": len(index), "epochs": epochs, "steps": steps.of, "seed": seed, "rates": rates,
         "optimizer": type(made).__qualname__,
     }  # fmt: skip
     run = _Run(None if checkpoint is None else Path(checkpoint), settings, network, made, recorder, labels)
     first = run.resume(train_loader, device)
-    with own_randomness(device, train_loader), shown_progress(progress, epochs * steps, "score") as display:
+    with own_randomness(device, train_loader), shown_progress(progress, steps.total, "score") as display:
         for epoch in range(first, epochs):
             seed_epoch(train_loader, seed, epoch)
             network.train()
-            summed = 0.0
+            summed, step = 0.0, -1
             for step, batch in enumerate(train_loader):
-                set_rates(made, rates, lr_schedule, (epoch * steps + step) / (epochs * steps))
+                set_rates(made, rates, lr_schedule, steps.share(epoch, step))
                 ids, logits, targets = forward_batch(network, moved(batch, device))
                 value = one_number(criterion(logits, targets))
                 summed += finite(value, epoch, step)
@@ -122,10 +125,20 @@ def score_samples(
                 made.step()
                 recorder.update(ids, logits.detach(), targets)
                 labels.note(ids, targets)
-                display.step(epoch * steps + step + 1)
+                display.step(steps.before(epoch) + step + 1)
             run.save(epoch + 1)
-            display.line(f"epoch {epoch + 1}/{epochs}  loss {summed / steps:.4f}")
+            display.line(f"epoch {epoch + 1}/{epochs}  loss {summed / (step + 1):.4f}")
     return recorder.scores(labels.all(), model=type(model).__name__, seed=seed)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """What the recorder takes a batch for is what is trained."""
+    task = resolve_task("auto", logits, targets)
+    if task == "binary":
+        return nn.functional.binary_cross_entropy_with_logits(logits.reshape(-1), targets.reshape(-1).to(logits.dtype))
+    if task == "tokens" and class_dims(logits, targets)[0] == -1:
+        logits = logits.movedim(-1, 1)
+    return nn.functional.cross_entropy(logits, targets)
 
 
 def _index_of(loader: Any) -> SampleIndex:

@@ -28,7 +28,7 @@ def one_observation(z: Row, y: int, t: Row | None = None) -> dict[str, float]:
         "confidence": p[y],
         "loss": -sum(a * math.log(b) for a, b in zip(t, p, strict=True) if a > 0),
         "el2n": math.sqrt(sum((a - b) ** 2 for a, b in zip(t, p, strict=True))),
-        "predicted": max(range(len(z)), key=lambda k: z[k]),
+        "predicted": y if all(z[y] > z[k] for k in others) else max(others, key=lambda k: z[k]),
     }
 
 

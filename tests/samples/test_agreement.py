@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,16 @@ def test_samples_that_a_run_never_saw_are_left_out() -> None:
 def test_what_cannot_be_compared(make: Any, message: str) -> None:
     with pytest.raises(pw.DataError, match=message):
         make()
+
+
+def test_scores_of_any_scale_correlate() -> None:
+    a, b = scores_of(np.linspace(0.1, 1, 50)), scores_of(np.linspace(0.1, 1, 50))
+    a, b = (replace(s, loss=1e-7 * (np.arange(50.0) + 1)) for s in (a, b))
+    assert pw.agreement([a, b], by="loss", bootstrap=5).pearson[0, 1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("given", [{"seed": -1}, {"by": ["aum"]}, {"scores": None}])
+def test_settings_of_the_wrong_kind(given: dict[str, Any]) -> None:
+    s = scores_of(np.linspace(0.1, 1, 50))
+    with pytest.raises(pw.DataError):
+        pw.agreement(**{"scores": [s, s], **given})

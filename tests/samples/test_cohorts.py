@@ -95,3 +95,11 @@ def test_the_picture_holds_the_curves() -> None:
 def test_bad_input(make: Any, message: str) -> None:
     with pytest.raises(pw.DataError, match=message):
         make()
+
+
+def test_groups_that_differ_in_a_late_digit_are_told_apart() -> None:
+    recorder = pw.LearnabilityRecorder(400, trace=1)
+    z = torch.linspace(6.5, 7.6, 400)
+    recorder.update(torch.arange(400), torch.stack([z, -z * 0], 1), torch.zeros(400, dtype=torch.long))
+    curves = cohort_curves(recorder, 8, by="confidence")
+    assert [curve.samples for curve in curves] == [50] * 8 and len({curve.name for curve in curves}) == 8

@@ -349,3 +349,71 @@ def test_clean_passes_of_other_batches() -> None:
 class Wrapped(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": x}
+
+
+def test_as_many_tokens_as_classes_follow_the_batches_before() -> None:
+    """Lengths 5, 3, 2 with three classes, in the layout of `cross_entropy`; every token is right."""
+    recorder = pw.LearnabilityRecorder(3)
+    for number, labels in enumerate(([[0, 1, 1, 2, 0]], [[0, 0, 1]], [[2, 1]])):
+        y = torch.tensor(labels)
+        z = 9 * nn.functional.one_hot(y, 3).float().transpose(1, 2)
+        if number == 1:
+            resumed = pw.LearnabilityRecorder(3)
+            resumed.load_state_dict(recorder.state_dict())
+            recorder = resumed
+        recorder.update(torch.tensor([number]), z, y)
+    assert recorder.scores().learnability.tolist() == [1, 1, 1]
+    y = torch.tensor([[0, 0, 1]])
+    z = 9 * nn.functional.one_hot(y, 3).float().transpose(1, 2)
+    with pytest.raises(pw.DataError, match="say class_dim=-1 or class_dim=1"):
+        pw.LearnabilityRecorder(1).update([0], z, y)
+    said = pw.LearnabilityRecorder(1, class_dim=1)
+    said.update([0], z, y)
+    assert said.scores().learnability.tolist() == [1]
+    with pytest.raises(pw.DataError, match="do not have the classes in dimension 1"):
+        said.update([0], torch.zeros(1, 5, 3), torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(pw.DataError, match="class_dim=2"):
+        pw.LearnabilityRecorder(1, class_dim=2)
+
+
+def test_at_a_tie_with_the_label_the_other_class_is_predicted() -> None:
+    recorder = pw.LearnabilityRecorder(1)
+    recorder.update([0], torch.tensor([[0.0, 0.0, -9.0]]), torch.tensor([0]))
+    assert recorder.scores().last_wrong.tolist() == [1]
+
+
+@pytest.mark.parametrize("mixed", [np.array([True] + [False] * (B - 1)), [True] + [False] * (B - 1)])
+def test_mixed_as_a_list_or_an_array(mixed: Any) -> None:
+    same(scores(Z, Y, mixed=mixed), scores(Z, Y, mixed=torch.tensor(mixed)))
+
+
+@pytest.mark.parametrize("mixed", ["yes", [True], [1] * B, None])
+def test_what_mixed_is_not(mixed: Any) -> None:
+    recorder = pw.LearnabilityRecorder(B)
+    recorder.update(IDS, Z, Y)
+    with pytest.raises(pw.DataError, match="one truth value a sample"):
+        recorder.update(IDS, Z, Y, mixed=mixed)
+    assert recorder.scores().observations.tolist() == [1] * B, "nothing that waited is lost"
+
+
+def test_first_used_under_inference_mode() -> None:
+    recorder = pw.LearnabilityRecorder(B)
+    with torch.inference_mode():
+        for _ in range(5):
+            recorder.update(IDS, Z, Y)
+    assert recorder.scores().observations.tolist() == [5] * B
+    recorder.update(IDS, Z, Y)
+    assert recorder.scores().observations.tolist() == [6] * B
+
+
+def test_compiled_updates_come_after_those_before_them() -> None:
+    recorder = pw.LearnabilityRecorder(1)
+    recorder.update(torch.tensor([0]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+
+    @torch.compile(backend="eager")
+    def step(z: Tensor) -> None:
+        recorder.update(torch.tensor([0]), z, torch.tensor([0]))
+
+    step(torch.tensor([[0.0, 1.0]]))
+    found = recorder.scores()
+    assert (found.forgetting[0], found.last_missed[0], found.first_learnt[0]) == (1, 1, 0)

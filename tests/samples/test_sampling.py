@@ -76,6 +76,17 @@ def test_going_on_in_the_middle_of_an_epoch(kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", range(3))
+def test_a_pass_that_was_left_is_not_gone_on_with(kind: int) -> None:
+    """A look at the first batch, a break, an error: the next pass is a whole one, unless a state was loaded."""
+    sampler, whole = every()[kind], list(every()[kind])
+    next(iter(sampler))
+    assert list(sampler) == whole
+    next(iter(sampler))
+    sampler.set_epoch(0)
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize("kind", range(3))
 def test_states_of_others_change_nothing(kind: int) -> None:
     sampler = every()[kind]
     before = list(sampler)
@@ -89,6 +100,7 @@ def test_states_of_others_change_nothing(kind: int) -> None:
         {**good, "seed": 9},
         {**good, "epoch": -1},
         {**good, "position": "x"},
+        {**good, "num_replicas": 2},
     ):
         with pytest.raises(pw.CheckpointError):
             sampler.load_state_dict(state)
@@ -200,6 +212,8 @@ def test_infobatch_starts_with_nothing_known() -> None:
         (lambda: pw.CurriculumSampler(UNSEEN, epochs=2, by="loss"), "never observed, so they have no loss"),
         (lambda: pw.WeightedSampler(SCORES, by="size"), "no score of difficulty"),
         (lambda: pw.WeightedSampler(SCORES, strength=float("nan")), "strength=nan"),
+        (lambda: pw.WeightedSampler(SCORES, strength="a"), "strength='a'"),  # type: ignore[arg-type]
+        (lambda: pw.WeightedSampler(SCORES, strength=2000.0), "strength=2000.0"),
         (lambda: pw.WeightedSampler(SCORES, chances=np.zeros(N)), "60 positive numbers"),
         (lambda: pw.WeightedSampler(SCORES, chances=np.ones(3)), "60 positive numbers"),
         (lambda: pw.WeightedSampler(SCORES, num_samples=0), "num_samples=0"),
@@ -208,6 +222,8 @@ def test_infobatch_starts_with_nothing_known() -> None:
         (lambda: pw.WeightedSampler(SCORES).set_epoch(-1), "epoch=-1"),
         (lambda: pw.CurriculumSampler(SCORES, epochs=0), "epochs=0"),
         (lambda: pw.CurriculumSampler(SCORES, epochs=2, start=0), "start=0"),
+        (lambda: pw.CurriculumSampler(SCORES, epochs=2, start="a"), "start='a'"),  # type: ignore[arg-type]
+        (lambda: pw.InfoBatchSampler(SCORES, epochs=2, ratio="a"), "ratio='a'"),  # type: ignore[arg-type]
         (lambda: pw.CurriculumSampler(SCORES, epochs=2, power=0), "power=0"),
         (lambda: pw.CurriculumSampler(SCORES, epochs=2, order="up"), "order='up'"),
         (lambda: pw.InfoBatchSampler(SCORES, epochs=2, ratio=1), "ratio=1"),

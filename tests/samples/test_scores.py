@@ -150,3 +150,26 @@ def test_difficulty_is_higher_for_harder() -> None:
     np.testing.assert_array_equal(s.difficulty("loss"), s.loss)
     with pytest.raises(pw.DataError, match="'size' is no score of difficulty"):
         s.difficulty("size")
+
+
+def test_some_by_number_or_by_mask() -> None:
+    scores = made(ids=[i * 100 for i in range(N)])
+    mask = np.zeros(N, bool)
+    mask[[3, 4]] = True
+    assert scores.take(mask).sample_id.tolist() == scores.take([3, 4]).sample_id.tolist() == [300, 400]
+    assert len(scores.take([])) == 0
+    for wrong in ([1.7], [N], [-1], [True], [[1]], ["a"]):
+        with pytest.raises(pw.DataError, match=f"numbers of samples, from 0 to {N - 1}"):
+            scores.take(wrong)
+
+
+@pytest.mark.parametrize("ids", [[-1, 1 << 63], ["a", "a\0"], ["a", "\udc80"]])
+def test_ids_that_no_file_keeps(ids: Any) -> None:
+    with pytest.raises(pw.DataError, match="cannot be kept"):
+        pw.LearnabilityRecorder(2, ids=ids)
+
+
+def test_labels_of_any_kind() -> None:
+    assert made(labels=LABELS.bfloat16()).info["label_hash"] == made().info["label_hash"]
+    with pytest.raises(pw.DataError, match="no array"):
+        made(labels=[[1], [2, 3]] * (N // 2))

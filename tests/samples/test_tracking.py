@@ -255,6 +255,14 @@ def test_hugging_face_shuffled_selected_and_streamed() -> None:
 def test_a_mapping_by_its_keys() -> None:
     tracked = pw.track({"a": (1,), "b": (2,)}, ids=["b", "a"])
     assert tracked["a"] == (1, 1) and tracked["b"] == (2, 0)
+    assert [row[-1] for row in tracked] == [0, 1] and tracked[-1] == (1, 1), "an int is a number"
+    numbered = pw.track({5: ("five",), 0: ("zero",), 1: ("one",)}, ids=[5, 0, 1])
+    assert [numbered[i] for i in range(3)] == [("five", 0), ("zero", 1), ("one", 2)]
+    assert [tuple(row) for batch in DataLoader(numbered, batch_size=3, collate_fn=list) for row in batch] == [
+        ("five", 0),
+        ("zero", 1),
+        ("one", 2),
+    ]
 
 
 class Stream(IterableDataset):

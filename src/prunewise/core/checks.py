@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prunewise.core.errors import PlanError
@@ -10,6 +11,11 @@ from prunewise.core.errors import PlanError
 def is_count(value: Any, least: int = 0) -> bool:
     """True for an int of at least `least`; truth values are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float; truth values are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_plan(data: Any, what: str, kind: str, version: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
 from prunewise.samples.scores import SampleScores
 
@@ -102,13 +103,15 @@ def agreement(
         >>> float(agreement(runs).spearman[0, 1])
         1.0
     """
-    runs = list(scores)
+    runs = list(scores) if isinstance(scores, Iterable) else []
     if len(runs) < 2 or not all(isinstance(s, SampleScores) for s in runs):
         raise DataError("agreement compares two or more SampleScores: give a list of them")
     for number, other in enumerate(runs[1:], 1):
         _require_same(runs[0], other, number)
     if not isinstance(bootstrap, int) or bootstrap < 1:
         raise DataError(f"bootstrap={bootstrap!r} should be a number of resamples, at least 1")
+    if not is_count(seed):
+        raise DataError(f"seed={seed!r} should be an int of at least 0")
     seen = np.logical_and.reduce([s.observations > 0 for s in runs])
     values = np.stack([s.difficulty(by)[seen] for s in runs])
     n = values.shape[1]
@@ -159,10 +162,10 @@ def _membership(values: Floats, k: int) -> Floats:
 
 
 def _correlation(a: Floats, b: Floats) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    # rounding leaves a constant's deviations near, not at, zero
-    return float(np.clip(a @ b / scale, -1, 1)) if scale > 1e-12 * len(a) else float("nan")
+    if any(np.ptp(v) <= 1e-12 * np.abs(v).max() for v in (a, b)):  # constant, but for rounding
+        return float("nan")
+    a, b = (a - a.mean()) / np.ptp(a), (b - b.mean()) / np.ptp(b)
+    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
 def _require_same(first: SampleScores, other: SampleScores, number: int) -> None:

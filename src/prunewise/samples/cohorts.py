@@ -109,9 +109,11 @@ def _quantiles(scores: SampleScores, count: int, by: str) -> dict[str, Ints]:
     distinct, which, sizes = np.unique(values[known], return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(known)
     group = np.floor(middle * count).astype(np.int64)
-    members = {}
-    for number in np.unique(group):
-        inside = distinct[group == number]
-        low, high = f"{inside[0]:.3g}", f"{inside[-1]:.3g}"
-        members[f"{by} {low}" if low == high else f"{by} {low} to {high}"] = known[group[which] == number]
-    return members
+    groups = [int(number) for number in np.unique(group)]
+    edges = [(distinct[group == number][0], distinct[group == number][-1]) for number in groups]
+    for digits in range(3, 18):  # as many as tell the groups apart
+        shown = [[f"{edge:.{digits}g}" for edge in pair] for pair in edges]
+        names = [f"{by} {low}" if low == high else f"{by} {low} to {high}" for low, high in shown]
+        if len(set(names)) == len(names):
+            break
+    return {name: known[group[which] == number] for name, number in zip(names, groups, strict=True)}

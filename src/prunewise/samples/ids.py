@@ -38,6 +38,12 @@ class SampleIndex(Sequence[SampleId]):
         self._length = len(found)
         if len({type(i) for i in found}) > 1:
             raise DataError("sample ids are ints and strings mixed: use one kind, str(id) for example")
+        for sample_id in found:
+            if not _can_be_kept(sample_id):
+                raise DataError(
+                    f"sample id {_shown(sample_id)} cannot be kept: ints have 64 bits, strings are valid Unicode and do not end "
+                    "with a zero character"
+                )
         if found == list(range(len(found))):
             return
         numbers: dict[SampleId, int] = {}
@@ -91,6 +97,19 @@ class SampleIndex(Sequence[SampleId]):
 
     def __repr__(self) -> str:
         return f"SampleIndex of {self._length:,} ids" + ("" if self._ids is None else f", {_shown(self._ids[0])} first")
+
+
+def _can_be_kept(sample_id: SampleId) -> bool:
+    """In an array, and in a file."""
+    if isinstance(sample_id, int):
+        return -(1 << 63) <= sample_id < 1 << 63
+    if sample_id.endswith("\0"):  # NumPy would drop it
+        return False
+    try:
+        sample_id.encode()
+    except UnicodeEncodeError:  # a file name that is no UTF-8, say
+        return False
+    return True
 
 
 def as_id(value: Any) -> SampleId:

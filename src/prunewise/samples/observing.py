@@ -23,7 +23,8 @@ class Observed(NamedTuple):
     Attributes:
         hit: (B,) bool; the prediction is the label. A tie for the highest logit is no hit: the model has not decided.
         values: (B, 5) float64, the columns `VALUES`.
-        predicted: (B,) int64, the class with the highest logit; -1 where there is no single one (multi-label, tokens).
+        predicted: (B,) int64, the class with the highest logit (at a tie with the label, the other); -1 where there is no single
+            one (multi-label, tokens).
         counted: (B,) bool; False where the sample was not observed at all.
         reasons: (B, 4) bool; why not, the columns `REASONS`.
         bad: (B,) bool; the label is no class (then the whole batch must be refused).
@@ -65,7 +66,7 @@ def resolve_task(task: str, logits: Tensor, targets: Tensor) -> str:
         and logits.shape[1] > 1
         and ((targets.shape == logits.shape and not labels) or (targets.ndim == 1 and labels)),
         "multilabel": logits.ndim >= 2 and logits.shape == targets.shape,
-        "tokens": logits.ndim >= 3 and labels and targets.ndim == logits.ndim - 1 and _class_dim(logits, targets) != 0,
+        "tokens": logits.ndim >= 3 and labels and targets.ndim == logits.ndim - 1 and bool(class_dims(logits, targets)),
     }
     if not fits.get(task, False):
         wants = {
@@ -82,7 +83,14 @@ def resolve_task(task: str, logits: Tensor, targets: Tensor) -> str:
 
 @torch.no_grad()
 def observe(
-    task: str, logits: Tensor, targets: Tensor, *, ignore_index: int, soft_labels: bool, hit_share: float
+    task: str,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    soft_labels: bool,
+    hit_share: float,
+    class_dim: int = -1,
 ) -> Observed:
     """What `logits` say of `targets`, for a task other than "auto".
 
@@ -112,7 +120,7 @@ def observe(
             return _hard(logits, torch.where(neither, -1, y).long(), ignore_index)._replace(bad=neither)
         return _hard(logits, y, ignore_index)
     if task == "tokens":
-        return _tokens(logits, targets, ignore_index, hit_share)
+        return _tokens(logits, targets, ignore_index, hit_share, class_dim)
     if targets.is_floating_point():
         return _soft(logits, targets, soft_labels)
     return _hard(logits, targets, ignore_index)
@@ -161,7 +169,9 @@ def _of_class(
     values = [own - other, confidence - rival, confidence, loss, error.double().norm(dim=1)]
     left_out = ignored | mixed | unclear
     reasons = torch.stack([broken & ~left_out, ignored, mixed, unclear], 1)
-    return Observed(own > other, _columns(values), z.argmax(1), ~broken & ~left_out, reasons, bad)
+    rival_class = _without(z, y, -torch.inf).argmax(1)  # not the label, where the two tie
+    predicted = torch.where(own > other, y, rival_class)
+    return Observed(own > other, _columns(values), predicted, ~broken & ~left_out, reasons, bad)
 
 
 def _multilabel(z: Tensor, t: Tensor) -> Observed:
@@ -182,9 +192,9 @@ def _multilabel(z: Tensor, t: Tensor) -> Observed:
     )
 
 
-def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float) -> Observed:
-    size, classes = len(z), z.shape[_class_dim(z, y)]
-    rows = z.movedim(_class_dim(z, y), -1).reshape(-1, classes)
+def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float, class_dim: int) -> Observed:
+    size, classes = len(z), z.shape[class_dim]
+    rows = z.movedim(class_dim, -1).reshape(-1, classes)
     found = _hard(rows, y.reshape(-1), ignore_index)
     found = found._replace(counted=found.counted.view(size, -1), reasons=found.reasons.view(size, -1, len(REASONS)))
     broken = found.reasons[:, :, 0].any(1)
@@ -199,11 +209,10 @@ def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float) -> Observ
     )  # fmt: skip
 
 
-def _class_dim(z: Tensor, y: Tensor) -> int:
-    """Which dimension holds the classes: the last, else the second (as `cross_entropy` has it); 0 where neither fits."""
-    if z.shape[:-1] == y.shape:
-        return z.ndim - 1
-    return 1 if (z.shape[0], *z.shape[2:]) == y.shape else 0
+def class_dims(z: Tensor, y: Tensor) -> tuple[int, ...]:
+    """Which dimensions of token logits may hold the classes: the last (-1), the second (1, as `cross_entropy` has it), or both."""
+    last, second = z.shape[:-1] == y.shape, (z.shape[0], *z.shape[2:]) == tuple(y.shape)
+    return (-1,) * last + (1,) * second
 
 
 def _broken(z: Tensor) -> Tensor:

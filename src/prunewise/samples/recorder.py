@@ -25,7 +25,7 @@ from prunewise.samples.checking import (
 )
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.merging import is_distributed, merge_states, sum_over_ranks
-from prunewise.samples.observing import REASONS, TASKS, observe, resolve_task
+from prunewise.samples.observing import REASONS, TASKS, class_dims, observe, resolve_task
 from prunewise.samples.passes import record_pass
 from prunewise.samples.scores import SampleScores, from_state
 from prunewise.samples.state import OBSERVATIONS, State, accumulate
@@ -79,6 +79,8 @@ class LearnabilityRecorder:
         ignore_index: the label of what is not to be counted.
         soft_labels: take any distribution as a label.
         hit_share: share of right tokens that makes a hit, in (0, 1].
+        class_dim: of token logits, the dimension of the classes: -1 or 1. None: told by the shapes; a batch with as many tokens as
+            classes tells nothing, and follows the batches before it.
         trace: also keep the first `trace` observations of each sample: one bit each (hit or miss).
         trace_margins: and their logit margins in half precision, 2 bytes each.
         ids: the samples' own ids (`track(...).index`, or N ints or strings); the scores carry them, and `update` takes them.
@@ -106,6 +108,7 @@ class LearnabilityRecorder:
         ignore_index: int = -100,
         soft_labels: bool = False,
         hit_share: float = 0.5,
+        class_dim: int | None = None,
         trace: int = 0,
         trace_margins: bool = False,
         ids: Sequence[Any] | SampleIndex | None = None,
@@ -118,6 +121,7 @@ class LearnabilityRecorder:
         require(is_count(ignore_index, -(1 << 62)), f"ignore_index={ignore_index!r} should be an int")
         share = isinstance(hit_share, (int, float)) and not isinstance(hit_share, bool) and 0 < hit_share <= 1
         require(share, f"hit_share={hit_share!r} should be a share in (0, 1]")
+        require(class_dim in (None, -1, 1), f"class_dim={class_dim!r} should be -1, 1 or None")
         require(is_count(trace) and trace < _TRACE_MAX, f"trace={trace!r} should be an int in [0, {_TRACE_MAX})")
         require(trace > 0 or not trace_margins, "trace_margins=True needs trace=: how many observations to keep")
         self.index = SampleIndex(n) if ids is None else ids if isinstance(ids, SampleIndex) else SampleIndex(ids)
@@ -127,6 +131,7 @@ class LearnabilityRecorder:
         self._task, self._trace, self._trace_margins = task, int(trace), bool(trace_margins)
         self._el2n_window, self._ignore_index = int(el2n_window), int(ignore_index)
         self._soft_labels, self._hit_share = bool(soft_labels), float(hit_share)
+        self._class_dim = class_dim
         self._window = Window()
         self._state: State | None = None
         self._tally: Tensor | None = None
@@ -143,7 +148,8 @@ class LearnabilityRecorder:
         """Record one batch.
 
         Args:
-            sample_ids: (B,) ints in [0, N), as `track` puts them into the samples; or, with `ids`, the samples' own ids.
+            sample_ids: a tensor: (B,) ints in [0, N), the numbers that `track` puts into the samples. A list, tuple or array: with
+                `ids`, the samples' own ids; without, numbers as well.
             logits, targets: see the class. Half-precision logits are taken as they are; gradients are not touched.
             mixed: True, or (B,) bool: these inputs are mixtures of several samples (mixup, CutMix) and are not counted.
 
@@ -156,7 +162,8 @@ class LearnabilityRecorder:
             what = ", ".join(type(v).__name__ for v in given)
             raise DataError(f"update takes sample ids, logits and targets as tensors; got {what}")
         task = resolve_task(self._task, logits, targets)
-        classes = _classes(task, logits, targets)
+        class_dim = self._class_dim_of(logits, targets) if task == "tokens" else -1
+        classes = _classes(task, logits, class_dim)
         if self.num_classes is not None and classes != self.num_classes:
             raise DataError(
                 f"logits of {classes} classes, after {self.num_classes} in earlier batches: one recorder, one set of classes"
@@ -167,8 +174,7 @@ class LearnabilityRecorder:
             check_ids(ids, self.num_samples)
         if at_once and targets.device.type == "cpu":
             check_labels(task, targets, classes, self._ignore_index)
-        if isinstance(mixed, Tensor) and (mixed.dtype != torch.bool or mixed.shape != ids.shape):
-            raise DataError(f"mixed= is {tuple(mixed.shape)} {mixed.dtype}: give True, or one truth value a sample")
+        mixed = _mixture(mixed, ids)
         if not len(logits):
             return
         self._allocate(logits.device)
@@ -179,10 +185,11 @@ class LearnabilityRecorder:
                 self._window.add(ids, logits, targets, mixed)
                 self._task, self.num_classes = task, classes
                 return
-        if at_once:
-            self._flush()
-        self._record(task, Batch(ids, logits, targets, mixed, None), at_once)
+        self._flush()
+        self._record(task, Batch(ids, logits, targets, mixed, None), at_once, class_dim)
         self._task, self.num_classes = task, classes
+        if task == "tokens":
+            self._class_dim = class_dim
 
     def clean_pass(
         self,
@@ -294,6 +301,7 @@ class LearnabilityRecorder:
             "config": self._config(),
             "task": self._task,
             "num_classes": self.num_classes,
+            "class_dim": self._class_dim,
             "tally": [0] * len(self._merged_tally) if self._tally is None else self._tally.tolist(),
             "merged_tally": list(self._merged_tally),
             "tensors": {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()},
@@ -309,11 +317,14 @@ class LearnabilityRecorder:
         saved = checked_state(state_dict, self._config(), len(self._merged_tally))
         tensors, tally = saved["tensors"], saved["tally"]
         device = self._state.counts.device if self._state is not None else None
+        if saved.get("class_dim") in (-1, 1):
+            self._class_dim = saved["class_dim"]
         self._window, self._state, self._tally = Window(), None, None
         if tensors:
-            loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
-            self._state = State(**loaded)
-            self._tally = torch.tensor(tally, dtype=torch.int64, device=self._state.counts.device)
+            with torch.inference_mode(False):
+                loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
+                self._state = State(**loaded)
+                self._tally = torch.tensor(tally, dtype=torch.int64, device=self._state.counts.device)
         self._merged_tally, self._task, self.num_classes = (
             list(saved["merged_tally"]),
             saved["task"],
@@ -326,9 +337,10 @@ class LearnabilityRecorder:
         if self._state is None:
             self._allocate(torch.device(device))
             return self
-        self._state = State(**{n: t.to(device) for n, t in self._state.tensors().items()})
         assert self._tally is not None
-        self._tally = self._tally.to(device)
+        with torch.inference_mode(False):
+            self._state = State(**{n: t.to(device) for n, t in self._state.tensors().items()})
+            self._tally = self._tally.to(device)
         return self
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -342,8 +354,9 @@ class LearnabilityRecorder:
 
     def _allocate(self, device: torch.device) -> tuple[State, Tensor]:
         if self._state is None or self._tally is None:
-            self._state = State.empty(self.num_samples, device, self._trace, self._trace_margins)
-            self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # what is made under it cannot be written to outside
+                self._state = State.empty(self.num_samples, device, self._trace, self._trace_margins)
+                self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
         return self._state, self._tally
 
     def _flush(self) -> None:
@@ -351,11 +364,27 @@ class LearnabilityRecorder:
         if len(self._window):
             self._record("multiclass", self._window.take(), True)
 
+    def _class_dim_of(self, logits: Tensor, targets: Tensor) -> int:
+        fitting = class_dims(logits, targets)
+        if self._class_dim is not None:
+            require(
+                self._class_dim in fitting,
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not have the classes in dimension "
+                f"{self._class_dim}, as class_dim= or the batches before say",
+            )
+            return self._class_dim
+        require(
+            len(fitting) == 1,
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: the classes may be in the last dimension or in the "
+            "second; say class_dim=-1 or class_dim=1",
+        )
+        return fitting[0]
+
     @torch.no_grad()
-    def _record(self, task: str, given: Batch, at_once: bool) -> None:
+    def _record(self, task: str, given: Batch, at_once: bool, class_dim: int = -1) -> None:
         seen = observe(
             task, given.logits, given.targets,
-            ignore_index=self._ignore_index, soft_labels=self._soft_labels, hit_share=self._hit_share,
+            ignore_index=self._ignore_index, soft_labels=self._soft_labels, hit_share=self._hit_share, class_dim=class_dim,
         )  # fmt: skip
         device = given.logits.device
         on_cpu = at_once and device.type == "cpu"
@@ -416,11 +445,20 @@ class LearnabilityRecorder:
 _TRACE_MAX = 1 << 16
 
 
-def _classes(task: str, logits: Tensor, targets: Tensor) -> int:
+def _mixture(mixed: Any, ids: Tensor) -> Tensor | bool:
+    if isinstance(mixed, bool):
+        return mixed
+    found = torch.as_tensor(mixed) if isinstance(mixed, (list, tuple, np.ndarray)) else mixed
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != ids.shape:
+        raise DataError(f"mixed={str(mixed)[:80]} should be True, or one truth value a sample")
+    return found
+
+
+def _classes(task: str, logits: Tensor, class_dim: int) -> int:
     if task == "binary":
         return 2
     if task == "tokens":
-        return int(logits.shape[-1] if logits.shape[:-1] == targets.shape else logits.shape[1])
+        return int(logits.shape[class_dim])
     return math.prod(logits.shape[1:])
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from prunewise.core.checks import is_count
+from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import CheckpointError
 from prunewise.samples.checking import require
 from prunewise.samples.scores import Floats, Ints, SampleScores
@@ -42,6 +42,7 @@ class ScoreSampler(Sampler[int]):
         )
         require(is_count(seed, 0), f"seed={seed!r} should be an int of at least 0")
         self._n, self.seed, self.epoch = n, seed, 0
+        self._begin = 0  # where the next pass begins: at 0, but for the first one after `load_state_dict`
         self._position = 0  # samples of this epoch that this rank has yielded
         self._cached: tuple[int, Ints] | None = None
 
@@ -49,7 +50,7 @@ class ScoreSampler(Sampler[int]):
         """Which epoch comes next, from 0; another epoch begins at its start."""
         require(is_count(epoch, 0), f"epoch={epoch!r} should be an int of at least 0")
         if epoch != self.epoch:
-            self.epoch, self._position = epoch, 0
+            self.epoch, self._begin, self._position = epoch, 0, 0
 
     @property
     def weights(self) -> Tensor:
@@ -62,7 +63,8 @@ class ScoreSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         mine = self._share()
-        begin, self._position = self._position, 0
+        begin, self._begin = self._begin, 0
+        self._position = begin
         for at in range(begin, len(mine)):
             self._position = at + 1
             yield int(mine[at])
@@ -74,6 +76,7 @@ class ScoreSampler(Sampler[int]):
             "kind": type(self).__name__,
             "n": self._n,
             "seed": self.seed,
+            "num_replicas": self.num_replicas,
             "epoch": self.epoch,
             "position": self._position,
         }
@@ -82,10 +85,10 @@ class ScoreSampler(Sampler[int]):
         """Go on where the state was taken.
 
         Raises:
-            CheckpointError: a damaged state, or one of another sampler, data set or seed; nothing is changed.
+            CheckpointError: a damaged state, or one of another sampler, data set, seed or number of ranks; nothing is changed.
         """
         saved = state_dict if isinstance(state_dict, Mapping) else {}
-        wanted = {"kind": type(self).__name__, "n": self._n, "seed": self.seed}
+        wanted = {"kind": type(self).__name__, "n": self._n, "seed": self.seed, "num_replicas": self.num_replicas}
         for name, value in wanted.items():
             if saved.get(name) != value:
                 raise CheckpointError(f"the sampler's state has {name}={saved.get(name)!r}, this sampler {value!r}")
@@ -93,7 +96,7 @@ class ScoreSampler(Sampler[int]):
         if not is_count(epoch, 0) or not is_count(position, 0):
             raise CheckpointError(f"the sampler's state is damaged: epoch {epoch!r}, position {position!r}")
         assert isinstance(epoch, int) and isinstance(position, int)
-        self.epoch, self._position = epoch, position
+        self.epoch, self._begin, self._position = epoch, position, position
 
     def _order(self, random: np.random.Generator) -> Ints:
         """The sample numbers of this epoch, for all ranks together."""
@@ -152,7 +155,9 @@ class WeightedSampler(ScoreSampler):
         num_replicas: int | None = None,
     ) -> None:
         super().__init__(len(scores), seed, rank, num_replicas)
-        require(math.isfinite(strength), f"strength={strength!r} should be a finite number")
+        require(
+            is_number(strength) and abs(strength) <= 100, f"strength={strength!r} should be a number in [-100, 100]"
+        )
         require(
             num_samples is None or is_count(num_samples, 1),
             f"num_samples={num_samples!r} should be a count of at least 1",
@@ -226,8 +231,8 @@ class CurriculumSampler(ScoreSampler):
     ) -> None:
         super().__init__(len(scores), seed, rank, num_replicas)
         require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
-        require(0 < start <= 1, f"start={start!r} should be a share in (0, 1]")
-        require(0 < power < math.inf, f"power={power!r} should be a positive number")
+        require(is_number(start) and 0 < start <= 1, f"start={start!r} should be a share in (0, 1]")
+        require(is_number(power) and power > 0, f"power={power!r} should be a positive number")
         require(order in ("easy_first", "hard_first", "random"), f"order={order!r}: easy_first, hard_first or random")
         difficulty = observed_difficulty(scores, by)
         shuffled = np.random.default_rng([seed]).permutation(self._n)  # ties come in random order
@@ -282,8 +287,8 @@ class InfoBatchSampler(ScoreSampler):
         require(isinstance(scores, SampleScores) or is_count(scores, 1), "give SampleScores, or the number of samples")
         super().__init__(scores if isinstance(scores, int) else len(scores), seed, rank, num_replicas)
         require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
-        require(0 <= ratio < 1, f"ratio={ratio!r} should be a share in [0, 1)")
-        require(0 <= anneal <= 1, f"anneal={anneal!r} should be a share in [0, 1]")
+        require(is_number(ratio) and 0 <= ratio < 1, f"ratio={ratio!r} should be a share in [0, 1)")
+        require(is_number(anneal) and 0 <= anneal <= 1, f"anneal={anneal!r} should be a share in [0, 1]")
         self._epochs, self._ratio, self._anneal, self._by = epochs, float(ratio), float(anneal), by
         self._easy: npt.NDArray[np.bool_] = np.zeros(self._n, bool)
         if isinstance(scores, SampleScores):

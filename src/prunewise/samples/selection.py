@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import DataError
-from prunewise.samples.scores import Floats, Ints, SampleScores
+from prunewise.samples.scores import Floats, Ints, SampleScores, require_scores
 from prunewise.samples.suspecting import suspects
 
 GROUPS = ("easy", "ambiguous", "hard", "suspect", "redundant", "unseen")
@@ -51,7 +52,7 @@ def triage(scores: SampleScores, targets: Any, *, ambiguous: float = 0.33) -> Tr
     Raises:
         DataError: labels of another data set; `ambiguous` is no share in [0, 1].
     """
-    if not 0 <= ambiguous <= 1:
+    if not (is_number(ambiguous) and 0 <= ambiguous <= 1):
         raise DataError(f"ambiguous={ambiguous!r} should be a share in [0, 1]")
     found = suspects(scores, targets)
     seen = scores.observations > 0
@@ -106,14 +107,18 @@ def select_subset(
         >>> select_subset(recorder.scores(), 0.5, strategy="difficulty")
         array([1, 3])
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+    if not (is_number(fraction) and 0 < fraction <= 1):
         raise DataError(f"fraction={fraction!r} should be a share in (0, 1]")
     if strategy not in STRATEGIES:
         raise DataError(f"strategy={strategy!r} should be one of {', '.join(STRATEGIES)}")
     if keep not in ("hard", "easy"):
         raise DataError(f"keep={keep!r} should be 'hard' or 'easy'")
-    if not 0 <= drop_hardest < 1 or isinstance(strata, bool) or not isinstance(strata, int) or strata < 1:
-        raise DataError(f"drop_hardest={drop_hardest!r} should be in [0, 1), strata={strata!r} an int of at least 1")
+    if not (is_number(drop_hardest) and 0 <= drop_hardest < 1) or not is_count(strata, 1) or not is_count(seed):
+        raise DataError(
+            f"drop_hardest={drop_hardest!r} should be in [0, 1), strata={strata!r} an int of at least 1, and seed={seed!r} one of "
+            "at least 0"
+        )
+    require_scores(scores)
     n = len(scores)
     random = np.random.default_rng(seed)
     order = random.permutation(n)
@@ -144,8 +149,7 @@ def _wanted(without: Any, n: int) -> npt.NDArray[np.bool_]:
 
 def observed_difficulty(scores: SampleScores, by: str) -> Floats:
     """The score `by`, higher = harder; `DataError` where a sample was never observed."""
-    if not isinstance(scores, SampleScores):
-        raise DataError(f"expected SampleScores, as recorder.scores() gives them; got a {type(scores).__name__}")
+    require_scores(scores)
     difficulty = scores.difficulty(by)
     missing = int(np.isnan(difficulty).sum())
     if missing:

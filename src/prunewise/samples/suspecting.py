@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prunewise.core.checks import is_number
 from prunewise.core.errors import DataError
 from prunewise.samples.mirroring import FEWEST, Split, mirrored_split
 from prunewise.samples.scores import Floats, Ints, SampleScores
@@ -128,7 +129,7 @@ def suspects(
             )
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
         raise DataError(f"limit={limit!r} should be a count, or None")
-    if threshold is not None and not -1 <= threshold <= 1:
+    if threshold is not None and not (is_number(threshold) and -1 <= threshold <= 1):
         raise DataError(f"threshold={threshold!r} should be a score in [-1, 1]")
     score = -scores.aum_softmax
     seen = np.flatnonzero(scores.observations > 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import namedtuple
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict, namedtuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -98,8 +98,6 @@ class TrackedDataset(Dataset[Any]):
             return self.__getitems__(range(*key.indices(len(self))))
         key = as_id(key)
         number = self._number(key)
-        if number < 0 or number >= len(self):
-            raise IndexError(f"sample {key} of {len(self):,}")
         return with_id(self.dataset[self._key(key, number)], number, self.id_field)
 
     def __getitems__(self, keys: Iterable[Any]) -> list[Any]:
@@ -112,12 +110,17 @@ class TrackedDataset(Dataset[Any]):
         return [with_id(s, n, self.id_field) for s, n in zip(samples, numbers, strict=True)]
 
     def _number(self, key: int | str) -> int:
-        if isinstance(key, str) or isinstance(self.dataset, Mapping):
-            return self.index.number(key)
-        return key + len(self) if key < 0 else key
+        """An int is a number, as samplers give it; a string is an id."""
+        number = self.index.number(key) if isinstance(key, str) else key + len(self) if key < 0 else key
+        if number < 0 or number >= len(self):
+            raise IndexError(f"sample {key} of {len(self):,}")
+        return number
 
     def _key(self, key: int | str, number: int) -> int | str:
-        return key if isinstance(key, str) or isinstance(self.dataset, Mapping) else number
+        if isinstance(self.dataset, Mapping):
+            own: int | str = self.index[number]
+            return own
+        return key if isinstance(key, str) else number
 
     def __getattr__(self, name: str) -> Any:
         # `classes`, `transform` and the like of the wrapped data set; not while unpickling, when there is none yet
@@ -204,7 +207,8 @@ def with_id(sample: Any, number: int, id_field: str | None = None) -> Any:
     if isinstance(sample, Mapping):
         if FIELD in sample and id_field != FIELD:
             raise DataError(_taken("key"))
-        made = copy.copy(sample) if isinstance(sample, MutableMapping) else dict(sample)
+        # Others may share what they hold with their copy.
+        made = copy.copy(sample) if isinstance(sample, (dict, UserDict)) else dict(sample)
         made[FIELD] = number
         return made
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
