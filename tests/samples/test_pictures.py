@@ -31,11 +31,19 @@ def test_the_histogram_counts_all_samples_once() -> None:
     bars = pw.plot_histogram(SCORES, bins=7).patches
     assert len(bars) == 7 and sum(b.get_height() for b in bars) == N - 3
     labels = np.arange(N) % 3
-    lines = pw.plot_histogram(SCORES, labels, by="confidence", bins=5).patches
-    assert [line.get_label() for line in lines] == ["0", "1", "2"]
+    axes = pw.plot_histogram(SCORES, labels, by="confidence", bins=5)
+    lines = axes.patches
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2"]
     for label, line in enumerate(lines):
         expected = np.histogram(SCORES.confidence[(SEEN > 0) & (labels == label)], line.get_data().edges)[0]
         np.testing.assert_array_equal(line.get_data().values, expected)
+
+
+def test_class_names_of_any_kind(tmp_path: Any) -> None:
+    names = np.array(["_hidden", r"a $\frac$b"])[np.arange(N) % 2]
+    axes = pw.plot_histogram(SCORES, names)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == sorted(set(names))
+    axes.figure.savefig(tmp_path / "histogram.png")
 
 
 def test_agreement_names_its_numbers(tmp_path: Any) -> None:

@@ -417,3 +417,10 @@ def test_compiled_updates_come_after_those_before_them() -> None:
     step(torch.tensor([[0.0, 1.0]]))
     found = recorder.scores()
     assert (found.forgetting[0], found.last_missed[0], found.first_learnt[0]) == (1, 1, 0)
+
+
+def test_a_state_of_another_task_is_refused() -> None:
+    many = pw.LearnabilityRecorder(B, task="multilabel")
+    many.update(IDS, Z, (Z > 0).long())
+    with pytest.raises(pw.CheckpointError, match="of the task 'multilabel', this recorder of 'multiclass'"):
+        pw.LearnabilityRecorder(B, task="multiclass").load_state_dict(many.state_dict())

@@ -62,9 +62,9 @@ def plot_histogram(
         labels = scores.check_targets(targets)
         if labels.ndim != 1:
             raise DataError(f"labels of shape {labels.shape}: the histogram by class takes one label a sample")
-        for label in np.unique(labels):
-            axes.stairs(np.histogram(values[seen & (labels == label)], edges)[0], edges, label=str(label))
-        axes.legend(title="class", fontsize="small")
+        classes = np.unique(labels)
+        steps = [axes.stairs(np.histogram(values[seen & (labels == label)], edges)[0], edges) for label in classes]
+        _legend(axes, steps, [str(label) for label in classes], title="class")
     axes.set(xlabel=by, ylabel="samples")
     return axes
 
@@ -111,11 +111,15 @@ def plot_cohorts(
     curves = cohort_curves(recorder, cohorts, by=by)
     axes = _axes(axes)
     lines = [axes.plot(np.arange(1, len(share) + 1), share, marker=".")[0] for _, _, share in curves]
-    legend = axes.legend(lines, [f"{name} ({samples:,})" for name, samples, _ in curves], fontsize="small")
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name is no formula, whatever it holds
+    _legend(axes, lines, [f"{name} ({samples:,})" for name, samples, _ in curves])
     axes.set(xlabel="observation", ylabel="share of hits", ylim=(-0.02, 1.02))
     return axes
+
+
+def _legend(axes: Any, drawn: list[Any], names: list[str], title: str | None = None) -> None:
+    """A legend of names that others chose: one is no formula, whatever it holds, and none is left out."""
+    for text in axes.legend(drawn, names, title=title, fontsize="small").get_texts():
+        text.set_parse_math(False)
 
 
 def _named(scores: SampleScores, otherwise: str) -> str:

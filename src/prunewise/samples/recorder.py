@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunewise.core.checks import is_count
-from prunewise.core.errors import DataError
+from prunewise.core.errors import CheckpointError, DataError
 from prunewise.samples.checking import (
     KIND,
     VERSION,
@@ -315,6 +315,8 @@ class LearnabilityRecorder:
                 Nothing is changed then.
         """
         saved = checked_state(state_dict, self._config(), len(self._merged_tally))
+        if "auto" not in (self._task, saved["task"]) and self._task != saved["task"]:
+            raise CheckpointError(f"the state is of the task {saved['task']!r}, this recorder of {self._task!r}")
         tensors, tally = saved["tensors"], saved["tally"]
         device = self._state.counts.device if self._state is not None else None
         if saved.get("class_dim") in (-1, 1):
