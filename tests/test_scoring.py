@@ -124,6 +124,29 @@ def test_tokens_with_the_classes_last() -> None:
     assert scores.learnability.mean() > 0.9
 
 
+def test_as_many_tokens_as_classes_are_trained_as_the_batches_before() -> None:
+    """The layout of `cross_entropy`; the second batch alone could be read either way."""
+    many, few = torch.zeros(1, 3, 5), torch.zeros(1, 3, 3)
+    many[0, 0], few[0, 0] = 9.0, 9.0
+    data = pw.track([(z[0], torch.zeros(z.shape[-1], dtype=torch.long)) for z in (many, few)])
+    shift = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(shift.weight)
+    model = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), shift, nn.Flatten(0), nn.Unflatten(0, (1, 3, -1)))
+    losses: list[float] = []
+    cross_entropy = nn.functional.cross_entropy
+
+    def noted(*given: Any) -> Tensor:
+        losses.append(cross_entropy(*given).item())
+        return cross_entropy(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "cross_entropy", noted)
+        scores = pw.score_samples(model, DataLoader(data, 1), epochs=1, progress=False)
+    assert scores.learnability.tolist() == [1, 1] and max(losses) < 0.01
+    with pytest.raises(pw.DataError, match="the classes may be in the last dimension or in the second"):
+        pw.score_samples(model, DataLoader(Subset(data, [1]), 1), epochs=1, progress=False)
+
+
 def test_epochs_of_different_lengths(tmp_path: Path) -> None:
     """A curriculum: the rate falls over the whole run, the look at a first batch costs no samples, and the run can be resumed."""
     data = pw.track(list(zip(X, Y, strict=True)))

@@ -39,7 +39,7 @@ from prunewise.core.errors import CheckpointError, DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied
 from prunewise.samples.ids import SampleIndex
-from prunewise.samples.observing import class_dims, resolve_task
+from prunewise.samples.observing import resolve_task
 from prunewise.samples.passes import forward_batch, split_batch
 from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores
@@ -99,7 +99,7 @@ def score_samples(
     require_callable("lr_schedule", lr_schedule, "from the share of the run to a factor of the rate")
     index = _index_of(train_loader)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss or _cross_entropy
+    criterion = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss
     network, steps = copied(model), Steps(train_loader, epochs)
     made = make_optimizer(optimizer, network)
     rates = [float(group["lr"]) for group in made.param_groups]
@@ -118,7 +118,8 @@ def score_samples(
             for step, batch in enumerate(train_loader):
                 set_rates(made, rates, lr_schedule, steps.share(epoch, step))
                 ids, logits, targets = forward_batch(network, moved(batch, device))
-                value = one_number(criterion(logits, targets))
+                told = _cross_entropy(logits, targets, recorder) if criterion is None else criterion(logits, targets)
+                value = one_number(told)
                 summed += finite(value, epoch, step)
                 made.zero_grad(set_to_none=True)
                 value.backward()
@@ -126,18 +127,20 @@ def score_samples(
                 recorder.update(ids, logits.detach(), targets)
                 labels.note(ids, targets)
                 display.step(steps.before(epoch) + step + 1)
+            if step < 0:
+                raise DataError("train_loader gave no batch in an epoch: it should give some every time")
             run.save(epoch + 1)
             display.line(f"epoch {epoch + 1}/{epochs}  loss {summed / (step + 1):.4f}")
     return recorder.scores(labels.all(), model=type(model).__name__, seed=seed)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, recorder: LearnabilityRecorder) -> Tensor:
     """What the recorder takes a batch for is what is trained."""
     task = resolve_task("auto", logits, targets)
     if task == "binary":
         return nn.functional.binary_cross_entropy_with_logits(logits.reshape(-1), targets.reshape(-1).to(logits.dtype))
-    if task == "tokens" and class_dims(logits, targets)[0] == -1:
-        logits = logits.movedim(-1, 1)
+    if task == "tokens":
+        logits = logits.movedim(recorder.class_dim_of(logits, targets), 1)
     return nn.functional.cross_entropy(logits, targets)
 
 

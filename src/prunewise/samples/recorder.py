@@ -162,7 +162,7 @@ class LearnabilityRecorder:
             what = ", ".join(type(v).__name__ for v in given)
             raise DataError(f"update takes sample ids, logits and targets as tensors; got {what}")
         task = resolve_task(self._task, logits, targets)
-        class_dim = self._class_dim_of(logits, targets) if task == "tokens" else -1
+        class_dim = self.class_dim_of(logits, targets) if task == "tokens" else -1
         classes = _classes(task, logits, class_dim)
         if self.num_classes is not None and classes != self.num_classes:
             raise DataError(
@@ -366,7 +366,8 @@ class LearnabilityRecorder:
         if len(self._window):
             self._record("multiclass", self._window.take(), True)
 
-    def _class_dim_of(self, logits: Tensor, targets: Tensor) -> int:
+    def class_dim_of(self, logits: Tensor, targets: Tensor) -> int:
+        """Which dimension of token logits holds the classes, -1 or 1; `DataError` where nothing tells."""
         fitting = class_dims(logits, targets)
         if self._class_dim is not None:
             require(
