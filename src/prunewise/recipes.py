@@ -308,7 +308,7 @@ def allocate_channels(
     layers = find_layers(model)
     plan_at = allocation(model, layers, importance, data, loss=loss, shown=progress)
     plans = [plan_at(1 - float(density)) for density in _DENSITIES]
-    names = {f"{path}.weight" if path else "weight": layer.name for layer in layers for path, _ in layer.owners}
+    names = {owner.parameter_name: layer.name for layer in layers for owner in layer.owners}
     scores = units(model, limits.groups)
     worth = {}
     for group in limits.groups:

@@ -21,6 +21,7 @@ from torch.nn.utils import prune
 
 from prunewise._files import TensorFile, opened, parse_json, stage_tensors
 from prunewise.core.errors import CheckpointError
+from prunewise.layers.attention import keep_in_force_
 
 _FORMAT = "prunewise-sparse-1"
 # Numbers of bytes an index takes, and the largest index of each
@@ -173,6 +174,7 @@ def load_sparse(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
         for name in entry["masked"]:
             owner, _, leaf = name.rpartition(".")
             prune.custom_from_mask(model.get_submodule(owner), leaf, support.to(targets[name].device))
+    keep_in_force_(model)
     return model
 
 

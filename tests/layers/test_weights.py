@@ -28,7 +28,7 @@ class Tied(nn.Module):
 def test_tied_weights_count_once_and_all_owners_are_known() -> None:
     layers = find_layers(Tied())
     assert [layer.name for layer in layers] == ["a", "head"]
-    assert [[path for path, _ in layer.owners] for layer in layers] == [["a", "b"], ["embed", "head"]]
+    assert [[owner.path for owner in layer.owners] for layer in layers] == [["a", "b"], ["embed", "head"]]
 
 
 def test_frozen_layers_count_and_norms_do_not() -> None:
@@ -36,16 +36,19 @@ def test_frozen_layers_count_and_norms_do_not() -> None:
     assert [layer.name for layer in find_layers(model)] == ["0", "2"]
 
 
-def test_attention_that_reads_its_weights_itself_does_not_count() -> None:
+def test_attention_is_two_layers_or_four() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
-    assert [found.name for found in find_layers(layer)] == ["linear1", "linear2"]
-    model = nn.ModuleList([layer, nn.TransformerEncoderLayer(8, 2, 16)])
-    with pytest.warns(
-        UserWarning, match=r"^512 weights inside nn.MultiheadAttention \('0.self_attn' and 1 more\) do not"
-    ) as caught:
-        plan = pw.allocate(model, 0.5, "erk")
-    assert caught[0].filename == __file__
-    assert set(plan.keep) == {"0.linear1", "0.linear2", "1.linear1", "1.linear2"}
+    assert [found.name for found in find_layers(layer)] == [
+        "self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2",
+    ]  # fmt: skip
+    (into, _) = find_layers(nn.MultiheadAttention(8, 2, bias=False))
+    assert (into.groups, into.rows, into.columns) == (3, 8, 8)
+    assert torch.equal(into.from_matrix(into.as_matrix(into.weight)), into.weight)
+    other = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+    assert [found.shape for found in find_layers(other)] == [(8, 8), (8, 4), (8, 6), (8, 8)]
+    other.k_proj_weight = other.q_proj_weight
+    first, *_ = find_layers(other)
+    assert [owner.parameter_name for owner in first.owners] == ["q_proj_weight", "k_proj_weight"]
 
 
 def test_choice_of_layers() -> None:

@@ -16,7 +16,7 @@ from prunewise.layers import allocators
 from prunewise.layers import importance as imp
 from prunewise.layers.allocators import Total, proportional
 from prunewise.layers.statistics import INPUT, OUTPUT, SQUARES, LayerStatistics, gather
-from prunewise.layers.weights import Choice, Layer, check_finite, find_layers, warn_of_attention
+from prunewise.layers.weights import Choice, Layer, check_finite, find_layers
 
 Importance = Callable[[nn.Module, Sequence[Layer]], Mapping[str, float]]
 Allocator = Callable[[Total], dict[str, int]]
@@ -83,7 +83,6 @@ def allocate(
         ({'0': 13, '2': 11}, 0.5)
     """
     layers = find_layers(model, include, exclude)
-    warn_of_attention(model)
     shapes = {layer.name: layer.shape for layer in layers}
     Total(shapes, sparsity, floor or 0.0)  # says what is wrong before any data is read
     return allocation(model, layers, importance, data, loss=loss, floor=floor, shown=progress)(sparsity)

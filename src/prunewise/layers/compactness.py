@@ -23,7 +23,7 @@ from prunewise.layers.masks import with_weights
 from prunewise.layers.methods import Method
 from prunewise.layers.profile import Compactness, LayerCompactness
 from prunewise.layers.sparsify import Masks
-from prunewise.layers.weights import Choice, Layer, check_finite, find_layers, warn_of_attention
+from prunewise.layers.weights import Choice, Layer, check_finite, find_layers
 
 Evaluate = Callable[[nn.Module, Any], float]
 
@@ -86,7 +86,6 @@ def compactness(
     if not tolerance >= 0 or math.isinf(tolerance):
         raise DataError(f"tolerance={tolerance!r} should be how much the metric may fall: a finite number, at least 0")
     layers = find_layers(model, include, exclude)
-    warn_of_attention(model)
     _check(layers)
     masks = Masks(model, layers, method, loader if data is None else data, loss, seed, progress)
     with show_progress(progress, 1 + BISECTIONS * (len(layers) + 1), "compactness") as display:

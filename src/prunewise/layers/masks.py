@@ -1,4 +1,4 @@
-"""Keep masks of an exact count, and weights exchanged for a moment."""
+"""Keep masks of an exact count, masks in force, and weights exchanged for a moment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from prunewise.layers.weights import Layer
 
@@ -27,6 +28,18 @@ def top(scores: Tensor, keep: int) -> Tensor:
     ties = torch.nonzero(flat == threshold).reshape(-1)
     keep_mask[ties[: keep - int(keep_mask.sum())]] = True
     return keep_mask.reshape(scores.shape)
+
+
+def put_mask_(module: nn.Module, tensor: str, keep_mask: Tensor) -> None:
+    """Put a mask in force on a weight of a module, as torch.nn.utils.prune does, in place of one that may be there."""
+    if f"{tensor}_mask" in module._buffers:
+        module._buffers[f"{tensor}_mask"] = keep_mask.to(module._buffers[f"{tensor}_mask"])
+    else:
+        prune.custom_from_mask(module, tensor, keep_mask)
+    # As the hook would leave it before a forward pass, but without a graph: so that the model can be copied.
+    mask, parameter = module._buffers[f"{tensor}_mask"], module._parameters[f"{tensor}_orig"]
+    assert mask is not None and parameter is not None
+    setattr(module, tensor, parameter.detach() * mask.to(parameter.dtype))
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from torch.nn.utils import prune
 from prunewise.core.errors import DataError, MethodError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.sparsity import SparsityPlan
 from prunewise.layers import importance as imp
-from prunewise.layers.masks import top
+from prunewise.layers.attention import keep_in_force_, release_
+from prunewise.layers.masks import put_mask_, top
 from prunewise.layers.methods import Method, asked_by, find_method, n_of_m
 from prunewise.layers.statistics import HESSIAN, SQUARES, gather
-from prunewise.layers.weights import Layer, check_finite, find_layers
+from prunewise.layers.weights import WEIGHTS, Layer, check_finite, find_layers
 
 # Hessians gathered in one pass over the data take no more than this (or one layer's, if that is larger).
 _HESSIAN_BYTES = 1 << 30
@@ -71,6 +72,7 @@ def sparsify_(
     layers = planned_layers(model, plan)
     masks = Masks(model, layers, method, data, loss, seed, progress)
     _put(layers, masks.choose(plan.keep, progress))
+    keep_in_force_(model)
     return model
 
 
@@ -232,28 +234,15 @@ def _put(layers: Sequence[Layer], chosen: Mapping[str, tuple[Tensor, Tensor | No
         with torch.no_grad():
             if updated is not None:
                 parameter.copy_(torch.where(mask, updated, parameter))
-            for _, module in layer.owners:
-                put_mask_(module, mask)
-
-
-def put_mask_(module: nn.Module, keep_mask: Tensor) -> None:
-    """Put a mask in force on the weight of a module, in place of one that may be there."""
-    if "weight_mask" in module._buffers:
-        before = module._buffers["weight_mask"]
-        module._buffers["weight_mask"] = keep_mask.to(before)
-    else:
-        prune.custom_from_mask(module, "weight", keep_mask)
-    # As the hook would leave it before a forward pass, but without a graph: so that the model can be copied.
-    mask, parameter = module._buffers["weight_mask"], module._parameters["weight_orig"]
-    assert mask is not None and parameter is not None
-    module.weight = parameter.detach() * mask.to(parameter.dtype)
+            for _, module, tensor in layer.owners:
+                put_mask_(module, tensor, mask)
 
 
 def make_permanent_(model: nn.Module) -> nn.Module:
     """Take the masks off, in place: removed weights become plain zeros of plain parameters. Returns `model`.
 
     Nothing holds them at zero from then on, so do it after the last training step. Masks of torch.nn.utils.prune on
-    other tensors than `weight` stay.
+    tensors that do not count for sparsity, such as biases, stay.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -262,8 +251,10 @@ def make_permanent_(model: nn.Module) -> nn.Module:
         ['bias', 'weight']
     """
     for module in model.modules():
-        if "weight_mask" in module._buffers:
-            prune.remove(module, "weight")
+        for tensor in WEIGHTS:
+            if f"{tensor}_mask" in module._buffers:
+                prune.remove(module, tensor)
+        release_(module)
     return model
 
 
@@ -283,15 +274,17 @@ def attach_masks_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modu
     found = []
     for key, mask in state_dict.items():
         path, _, leaf = key.rpartition(".")
-        if leaf != "weight_mask":
+        tensor = leaf.removesuffix("_mask")
+        if leaf == tensor or tensor not in WEIGHTS:
             continue
         module = modules.get(path)
-        weight = None if module is None else module._parameters.get("weight", module._parameters.get("weight_orig"))
+        weight = None if module is None else module._parameters.get(tensor, module._parameters.get(f"{tensor}_orig"))
         if module is None or weight is None or weight.shape != mask.shape:
             raise PlanError(
                 f"{key!r} is a mask of shape {tuple(mask.shape)}, for which the model has no weight: build the same model"
             )
-        found.append((module, mask.to(weight.device)))
-    for module, mask in found:
-        put_mask_(module, mask)
+        found.append((module, tensor, mask.to(weight.device)))
+    for module, tensor, mask in found:
+        put_mask_(module, tensor, mask)
+    keep_in_force_(model)
     return model

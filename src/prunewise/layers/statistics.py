@@ -5,9 +5,10 @@ Memory is O(C²) a layer at the worst, whatever the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from prunewise._progress import progress
 from prunewise.core.batch import run
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.untouched import attributes_kept, evaluating
+from prunewise.layers.attention import Joined, projected_inputs, projected_outputs
 from prunewise.layers.patches import channels_of, patches_of, squares_of
-from prunewise.layers.weights import Layer
+from prunewise.layers.weights import PROJECTIONS, Layer
 
 INPUT, OUTPUT, SQUARES, HESSIAN = "input", "output", "squares", "hessian"
 
@@ -78,7 +80,7 @@ class LayerStatistics:
         input, output: moments of the channels that go in and come out.
         squares: Σ x² over all that each column of the weight's matrices is multiplied with, shape (groups, columns).
         hessian: Σ x xᵀ of the same, shape (groups, columns, columns).
-        rows: how many rows the sums are over.
+        rows: how many rows the sums are over (of queries, in attention).
     """
 
     input: Moments = field(default_factory=Moments)
@@ -88,21 +90,28 @@ class LayerStatistics:
     rows: int = 0
     calls: int = 0
 
-    def add(self, layer: Layer, module: nn.Module, inputs: Tensor, outputs: Tensor, wanted: Collection[str]) -> None:
-        """Take in one call of the layer."""
+    def add(
+        self, layer: Layer, inputs: Sequence[Tensor], outputs: Callable[[], Tensor], wanted: Collection[str]
+    ) -> None:
+        """Take in one call of the layer: its input, or one for each group where they are not channels of one tensor."""
         self.calls += 1
+        order = [id(x) for x in inputs]
+        distinct = dict(zip(order, inputs, strict=True))
         if INPUT in wanted:
-            self.input.add(channels_of(module, inputs, POSITIONS))
+            for x in distinct.values():
+                self.input.add(channels_of(layer.module, x, POSITIONS))
         if OUTPUT in wanted:
-            self.output.add(channels_of(module, outputs, POSITIONS))
+            self.output.add(channels_of(layer.module, outputs(), POSITIONS))
         if SQUARES in wanted:
-            squares, count = squares_of(layer, inputs)
-            self.rows += count
+            found = {i: squares_of(layer, x) for i, x in distinct.items()}
+            self.rows += found[order[0]][1]
+            squares = torch.cat([found[i][0] for i in order])
             self.squares = squares if self.squares is None else self.squares.add_(squares)
         if HESSIAN in wanted:
-            rows = patches_of(layer, inputs).to(torch.float64)
-            self.rows += 0 if SQUARES in wanted else rows.shape[1]
-            hessian = rows.transpose(1, 2) @ rows
+            rows = {i: patches_of(layer, x).to(torch.float64) for i, x in distinct.items()}
+            self.rows += 0 if SQUARES in wanted else rows[order[0]].shape[1]
+            products = {i: x.transpose(1, 2) @ x for i, x in rows.items()}
+            hessian = torch.cat([products[i] for i in order])
             self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
 
     def finite(self) -> bool:
@@ -140,11 +149,21 @@ def gather(
     found = {layer.name: LayerStatistics() for layer in layers}
     count = 0
     with torch.no_grad(), evaluating(model), attributes_kept(model), _unfused(), ExitStack() as hooks:
+        joined: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
+        output_projections = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         for layer in layers:
-            for _, module in layer.owners:
-                if isinstance(module, type(layer.module)):
-                    handle = module.register_forward_hook(_hook(layer, found[layer.name], wanted), with_kwargs=True)
+            take = partial(found[layer.name].add, layer, wanted=wanted)
+            for _, module, tensor in layer.owners:
+                if module in output_projections:
+                    joined[module] = _taking(take)
+                elif tensor in PROJECTIONS:
+                    handle = module.register_forward_pre_hook(_before_attention(layer, take), with_kwargs=True)
                     hooks.callback(handle.remove)
+                elif isinstance(module, type(layer.module)):
+                    handle = module.register_forward_hook(_after(take), with_kwargs=True)
+                    hooks.callback(handle.remove)
+        if joined:
+            hooks.enter_context(Joined(joined))
         for batch in batches(model, data, what, shown):
             run(model, batch)
             count += 1
@@ -161,10 +180,24 @@ def gather(
     return found
 
 
-def _hook(layer: Layer, statistics: LayerStatistics, wanted: Collection[str]) -> Any:
+_Take = Callable[[Sequence[Tensor], Callable[[], Tensor]], None]
+
+
+def _taking(take: _Take) -> Callable[[Tensor, Tensor], None]:
+    return lambda inputs, output: take([inputs.detach()], output.detach)
+
+
+def _after(take: _Take) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        statistics.add(layer, module, given.detach(), output.detach(), wanted)
+        _taking(take)(args[0] if args else next(iter(kwargs.values())), output)
+
+    return hook
+
+
+def _before_attention(layer: Layer, take: _Take) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = projected_inputs(layer, module, args, kwargs)
+        take(inputs, lambda: projected_outputs(layer, inputs))
 
     return hook
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +20,46 @@ Choice = str | Iterable[str] | Callable[["Layer"], bool] | None
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# What nn.MultiheadAttention makes queries, keys and values with: all three of one weight, or one each.
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+WEIGHTS = ("weight", *PROJECTIONS)
+
+
+class Owner(NamedTuple):
+    """A module that holds a weight: its path, the module, and what the weight is called there."""
+
+    path: str
+    module: nn.Module
+    tensor: str
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the weight among the model's parameters, as long as no mask is in force on it."""
+        return f"{self.path}.{self.tensor}" if self.path else self.tensor
+
+    @property
+    def layer_name(self) -> str:
+        """The module's path; with the weight's name where the module holds several."""
+        return self.path if self.tensor == "weight" else self.parameter_name
+
 
 @dataclass(frozen=True)
 class Layer:
     """One weight that counts.
 
     Attributes:
-        name: path of the (first) module that holds it.
-        module: that module: a convolution, transposed or not, or a linear layer.
-        owners: all modules that hold this weight (path, module), tied ones of any kind included.
+        name: path of the (first) module that holds it, and of attention the weight's name after it ("attn.in_proj_weight").
+        module: that module: a convolution, transposed or not, a linear layer, or an nn.MultiheadAttention.
+        tensor: what the weight is called in it: "weight", or one of `PROJECTIONS`.
+        owners: all modules that hold this weight, tied ones of any kind included.
         groups, rows, columns: the weight as `groups` matrices of shape (rows, columns): one row an output channel of
-            the group, one column a weight of it (input channels × kernel positions).
+            the group, one column a weight of it (input channels × kernel positions). An `in_proj_weight` is three groups.
     """
 
     name: str
     module: nn.Module
-    owners: tuple[tuple[str, nn.Module], ...] = field(repr=False)
+    tensor: str
+    owners: tuple[Owner, ...] = field(repr=False)
     groups: int
     rows: int
     columns: int
@@ -44,14 +67,14 @@ class Layer:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself, whether a mask is in force on it or not."""
-        found = _parameter(self.module)
+        found = _parameter(self.module, self.tensor)
         assert found is not None
         return found
 
     @property
     def keep_mask(self) -> Tensor | None:
         """The mask in force, as torch.nn.utils.prune leaves it, or None."""
-        found = self.module._buffers.get("weight_mask")
+        found = self.module._buffers.get(f"{self.tensor}_mask")
         return found if found is None else found.detach()
 
     @property
@@ -109,19 +132,18 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _parameter(module: nn.Module) -> nn.Parameter | None:
-    """The weight of a module; under a mask of torch.nn.utils.prune it goes by another name."""
-    found = module._parameters.get("weight_orig" if "weight_mask" in module._buffers else "weight")
+def _parameter(module: nn.Module, tensor: str) -> nn.Parameter | None:
+    """A weight of a module; under a mask of torch.nn.utils.prune it goes by another name."""
+    found = module._parameters.get(f"{tensor}_orig" if f"{tensor}_mask" in module._buffers else tensor)
     return found if isinstance(found, nn.Parameter) else None
 
 
 def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None) -> list[Layer]:
     """The layers whose weights count, in the order of `named_modules`.
 
-    These are convolutions (transposed, too) and linear layers, wherever they stand; frozen ones count like others. A
-    tied weight counts once, under the first path that holds it. Biases, normalisation and embeddings do not count, nor
-    does what is inside nn.MultiheadAttention: it reads its weights without calling its modules, so a mask
-    would not stay in force there.
+    These are convolutions (transposed, too) and linear layers, wherever they stand, the projections of nn.MultiheadAttention
+    among them; frozen ones count like others. A tied weight counts once, under the first path that holds it. Biases,
+    normalisation and embeddings do not count.
 
     Args:
         model: any module, on any device (the meta device too).
@@ -135,23 +157,26 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
         >>> [(layer.name, layer.shape) for layer in find_layers(model)]
         [('0', (8, 3, 3, 3)), ('3', (2, 8))]
+        >>> [(layer.name, layer.shape) for layer in find_layers(nn.MultiheadAttention(8, 2))]
+        [('in_proj_weight', (24, 8)), ('out_proj', (8, 8))]
     """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    owners: dict[int, list[Owner]] = {}
     for path, module in model.named_modules():
-        parameter = _parameter(module)
-        if parameter is not None:
-            owners.setdefault(id(parameter), []).append((path, module))
+        for tensor in WEIGHTS:
+            parameter = _parameter(module, tensor)
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(Owner(path, module, tensor))
     layers, seen = [], set()
     for path, module in model.named_modules():
-        if not _counts(module) or id(module) in inside:
-            continue
-        parameter = _parameter(module)
-        if parameter is None or isinstance(parameter, UninitializedParameter):
-            layers.append(Layer(path, module, ((path, module),), 1, 0, 0))  # an error, unless it is excluded
-        elif id(parameter) not in seen and parameter.numel():
-            seen.add(id(parameter))
-            layers.append(_layer(path, module, parameter, tuple(owners[id(parameter)])))
+        for tensor in _counted(module):
+            owner, parameter = Owner(path, module, tensor), _parameter(module, tensor)
+            if parameter is None or isinstance(parameter, UninitializedParameter):
+                layers.append(
+                    Layer(owner.layer_name, module, tensor, (owner,), 1, 0, 0)
+                )  # an error, unless it is excluded
+            elif id(parameter) not in seen and parameter.numel():
+                seen.add(id(parameter))
+                layers.append(_layer(owner, parameter, tuple(owners[id(parameter)])))
     wanted = _chosen(layers, include, exclude)
     for layer in wanted:
         if not layer.columns:
@@ -166,34 +191,29 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
     return wanted
 
 
-def warn_of_attention(model: nn.Module) -> None:
-    """Warn the caller's caller where weights that one would expect to count do not: those inside nn.MultiheadAttention."""
-    sizes = {
-        path: sum(p.numel() for p in module.parameters() if p.dim() > 1)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
-    if sizes:
-        first, *others = sizes
-        warnings.warn(
-            f"{sum(sizes.values()):,} weights inside nn.MultiheadAttention ({first!r}{f' and {len(others)} more' * bool(others)}) "
-            "do not count: they stay as they are, and the total sparsity is that of the other layers",
-            stacklevel=3,
-        )
+def _counted(module: nn.Module) -> tuple[str, ...]:
+    """The weights of a module that count, by name."""
+    if isinstance(module, (nn.Linear, *CONV, *TRANSPOSED)) or _is_conv1d_of_transformers(module):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        # Those that it has no use for are registered, as None.
+        return tuple(n for n in PROJECTIONS if n not in module._parameters or module._parameters[n] is not None)
+    return ()
 
 
-def _counts(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *CONV, *TRANSPOSED)) or _is_conv1d_of_transformers(module)
-
-
-def _layer(path: str, module: Any, parameter: nn.Parameter, owners: tuple[tuple[str, nn.Module], ...]) -> Layer:
-    shape = parameter.shape
-    groups = int(module.groups) if isinstance(module, CONV + TRANSPOSED) else 1
+def _layer(owner: Owner, parameter: nn.Parameter, owners: tuple[Owner, ...]) -> Layer:
+    shape, module = parameter.shape, owner.module
+    groups = 1
+    if isinstance(module, CONV + TRANSPOSED):
+        groups = int(module.groups)
+    elif owner.tensor == "in_proj_weight":
+        groups = 3
     if isinstance(module, TRANSPOSED) or _is_conv1d_of_transformers(module):
         rows = int(shape[1])
     else:
         rows = int(shape[0]) // groups
-    return Layer(path, module, owners, groups, rows, math.prod(shape) // (groups * rows))
+    columns = math.prod(shape) // (groups * rows)
+    return Layer(owner.layer_name, module, owner.tensor, owners, groups, rows, columns)
 
 
 def _chosen(layers: Sequence[Layer], include: Choice, exclude: Choice) -> list[Layer]:
@@ -208,7 +228,7 @@ def _chosen(layers: Sequence[Layer], include: Choice, exclude: Choice) -> list[L
 
 
 def _paths(layer: Layer) -> list[str]:
-    return [path for path, _ in layer.owners]
+    return [owner.layer_name for owner in layer.owners]
 
 
 def check_finite(layers: Sequence[Layer]) -> None:
