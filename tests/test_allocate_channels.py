@@ -96,6 +96,21 @@ def test_gates_can_start_from_it(net: Net) -> None:
     assert gates.cost().macs == plan.cost_after["macs"]
 
 
+def test_importances_count_under_masks_too() -> None:
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    pw.sparsify_(model, pw.allocate(model, 0.5, "uniform"))
+
+    def widths(first: float, second: float) -> list[int]:
+        plan = pw.allocate_channels(
+            model, torch.zeros(1, 6), budget=pw.Budget(macs=0.4),
+            importance=lambda m, layers: {"0": first, "2": second, "4": 1.0},
+        )  # fmt: skip
+        return [len(plan.keep[name]) for name in sorted(plan.keep)]
+
+    (a, b), (c, d) = widths(0.1, 1), widths(1, 0.1)
+    assert a < c and b > d
+
+
 def test_what_is_wrong_is_said(net: Net) -> None:
     with pytest.raises(pw.DataError, match="needs data"):
         pw.allocate_channels(net, X, budget=pw.Budget(macs=0.5))

@@ -87,14 +87,6 @@ def set_rates(
         group["lr"] = rate * number
 
 
-def one_number(loss: Any) -> Tensor:
-    """The loss as a scalar."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shown = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise DataError(f"the loss should be one number and is {shown}: reduce it (mean) before it is returned")
-    return loss.reshape(())
-
-
 def finite(loss: Tensor, epoch: int, step: int) -> float:
     """The loss as a number; both counts start at 0."""
     value = float(loss.detach())

@@ -15,7 +15,6 @@ from prunewise._loops import (
     Steps,
     fill,
     finite,
-    one_number,
     reading,
     require_fitting,
     require_same,
@@ -26,7 +25,7 @@ from prunewise._loops import (
 from prunewise._progress import Progress, progress
 from prunewise._state import load_state, rng_state, save_state, set_rng_state
 from prunewise.channels.session import GateSession
-from prunewise.core.batch import inputs_of, moved
+from prunewise.core.batch import Loss, inputs_of, moved, one_number
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.plan import ChannelPlan
 from prunewise.core.trace import as_call
@@ -34,7 +33,6 @@ from prunewise.core.untouched import modes_kept
 
 _STATE = "run"
 
-Loss = Callable[[nn.Module, Any], Tensor] | nn.Module
 Metric = Callable[[nn.Module, Iterable[Any]], float]
 
 

@@ -29,14 +29,14 @@ from prunewise._loops import (
     seed_epoch,
     warn_of_other_weights,
 )
-from prunewise._training import HistoryRow, Loss, Metric, Run, Score, Task
+from prunewise._training import HistoryRow, Metric, Run, Score, Task
 from prunewise.channels.attach import attach_gates
 from prunewise.channels.budget import Budget
 from prunewise.channels.choose import Scores, choose_units
 from prunewise.channels.importance import Importance as UnitImportance
 from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan, plan_channels
-from prunewise.core.batch import inputs_of, moved
+from prunewise.core.batch import Loss, inputs_of, moved
 from prunewise.core.cost import measure
 from prunewise.core.errors import AlreadyGatedError, PlanError
 from prunewise.core.groups import Choice

@@ -21,7 +21,6 @@ from prunewise._loops import (
     finite,
     first_batch,
     make_optimizer,
-    one_number,
     own_randomness,
     reading,
     require_callable,
@@ -34,7 +33,7 @@ from prunewise._loops import (
 )  # fmt: skip
 from prunewise._progress import progress as shown_progress
 from prunewise._state import load_state, save_state
-from prunewise.core.batch import moved
+from prunewise.core.batch import moved, one_number
 from prunewise.core.errors import CheckpointError, DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied

@@ -178,3 +178,31 @@ def test_round_to(net: Net) -> None:
 def test_rank_share() -> None:
     assert rank_share(np.array([5.0, -1.0, 7.0, 0.0])).tolist() == [0.625, 0.125, 0.875, 0.375]
     assert rank_share(np.zeros(2)).tolist() == [0.75, 0.25]  # ties: the lower index is worth more
+
+
+@pytest.mark.parametrize("how", ["magnitude", "bn_scale", "gates"])
+def test_weights_under_a_mask_count_as_they_act(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    nn.init.uniform_(model[1].weight, 0.5, 1)
+    with torch.no_grad():
+        model[0].weight[:4] *= 10
+        model[1].weight[:4] *= 10
+    masked = (1, "weight") if how == "bn_scale" else (0, "weight")
+    mask = torch.ones_like(getattr(model[masked[0]], masked[1]))
+    mask[:4] = 0
+    nn.utils.prune.custom_from_mask(model[masked[0]], masked[1], mask)
+    x, budget = torch.randn(2, 3, 8, 8), pw.Budget(macs=0.6)
+    if how == "gates":
+        gates = pw.attach_gates(model, x, budget=budget, total_steps=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x).square().mean() + gates.penalty()).backward()
+            optimizer.step()
+            gates.step()
+        plan = gates.harden()
+    else:
+        plan = pw.plan_channels(model, x, budget=budget, importance=how)
+    (kept,) = plan.keep.values()
+    assert set(kept) <= {4, 5, 6, 7}

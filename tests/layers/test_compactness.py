@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import prunewise as pw
 from prunewise.layers.compactness import LEVELS
+from prunewise.layers.methods import sparsegpt
 
 
 def net() -> nn.Module:
@@ -230,3 +232,36 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     find(model, Error(model), progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "(3 of 3 layers)" in err
+
+
+def test_metrics_in_single_precision_hold_at_the_edge() -> None:
+    def evaluate(model: nn.Module, loader: Any) -> Tensor:
+        whole = all(bool(m.weight.all()) for m in model.modules() if isinstance(m, nn.Linear))
+        return torch.tensor(0.91 if whole else 0.89)
+
+    found = pw.compactness(net(), X, evaluate=evaluate, tolerance=0.02, progress=False)
+    assert [row.kept for row in found.layers] == [1, 1, 1]
+
+
+def test_what_cannot_be_evaluated() -> None:
+    with pytest.raises(pw.DataError, match="an iterator can be read once"):
+        pw.compactness(net(), iter([X]), evaluate=Error(net()), progress=False)
+    with pytest.raises(pw.DataError, match="evaluate gave a NoneType"):
+        pw.compactness(net(), X, evaluate=lambda model, loader: None, progress=False)
+    with pytest.raises(pw.DataError, match="tolerance='0.1'"):
+        pw.compactness(net(), X, evaluate=Error(net()), tolerance="0.1")
+
+
+def test_a_state_is_of_its_settings_and_data(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    model = net()
+    methods = [partial(sparsegpt, damping=d) for d in (0.01, 1e6)]
+    first = find(model, Error(model), method=methods[0], data=[X], state=state)
+    assert first.evaluations
+    with pytest.raises(pw.CheckpointError, match="another method"):
+        find(model, Error(model), method=methods[1], data=[X], state=state)
+    other = tmp_path / "other.json"
+    find(model, Error(model), method="wanda", data=[X], state=other)
+    with pytest.raises(pw.CheckpointError, match="other data"):
+        find(model, Error(model), method="wanda", data=[X * torch.rand(12)], state=other)
+    assert not find(model, Error(model), method="wanda", data=[X], state=other).evaluations

@@ -54,6 +54,58 @@ def choose(module: nn.Module, method: Any, keep: int, data: Any = None) -> Tenso
     return Masks(module, find_layers(module), method, data, loss).choose({"": keep})[""][0]
 
 
+def after_a_first_round(method: Any, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a second round keeps of a layer whose smallest weights went in a first one; what lives, and the gradient."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(12, 10), torch.randn(20, 12)
+    pw.sparsify_(module, pw.SparsityPlan({"": 90}, {"": (10, 12)}))
+    alive = module.weight_mask.bool()
+    loss(module, x).backward()
+    return choose(module, method, keep, [x]), alive, module.weight_orig.grad
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "movement", "random", "channel_l1", "wanda"])
+def test_a_second_round_ranks_what_is_left_by_the_same_rule(method: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Linear(12, 10).weight.detach()
+    mask, alive, gradient = after_a_first_round(method, 50)
+    assert int(mask.sum()) == 50 and not (mask & ~alive).any()
+    if method in ("magnitude", "taylor", "movement"):
+        product = weight * gradient
+        score = {"magnitude": weight.abs(), "taylor": product.abs(), "movement": -product}[method]
+        assert score[mask].min() >= score[alive & ~mask].max()
+    elif method == "random":
+        assert float(weight.abs()[mask].mean()) == pytest.approx(float(weight.abs()[alive].mean()), rel=0.1)
+        assert torch.equal(mask, after_a_first_round(method, 50)[0])
+    elif method == "channel_l1":
+        whole = [bool((m == a).all()) for m, a in zip(mask, alive, strict=True)]
+        assert sum(whole) + sum(not m.any() for m in mask) >= 9
+    else:
+        assert mask.sum(1).tolist() == [5] * 10
+
+
+def test_wanda_takes_all_of_an_output_that_has_little_left() -> None:
+    module, x = nn.Linear(6, 3), torch.ones(2, 6)
+    alive = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    prune.custom_from_mask(module, "weight", alive)
+    assert choose(module, "wanda", 8, [x]).sum(1).tolist() in ([1, 4, 3], [1, 3, 4])
+    assert choose(module, "wanda", 2, [x]).sum() == 2 and choose(module, "wanda", 11, [x]).sum(1).tolist() == [1, 5, 5]
+
+
+def test_a_pattern_prefers_a_living_zero() -> None:
+    module = nn.Linear(4, 1)
+    prune.custom_from_mask(module, "weight", torch.tensor([[0.0, 0, 1, 1]]))
+    with torch.no_grad():
+        module.weight_orig[:] = 0
+    assert choose(module, "2:4", 2).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("cls", [prune.CustomFromMask, prune.LnStructured, prune.Identity])
+def test_classes_that_need_more_than_an_amount_are_named(cls: Any) -> None:
+    with pytest.raises(pw.MethodError, match=rf"{cls.__name__} cannot be made with amount= alone: give partial"):
+        choose(nn.Linear(4, 4), cls, 8)
+
+
 def test_channel_l1_keeps_whole_filters() -> None:
     module = nn.ConvTranspose1d(3, 4, 2)  # filters lie along dimension 1
     with torch.no_grad():

@@ -136,6 +136,85 @@ def test_tied_weights_have_one_mask() -> None:
     assert model.a.weight is model.b.weight and model.embed.weight is model.head.weight
 
 
+def test_a_tie_of_any_name_has_the_mask_and_loses_it() -> None:
+    class Kernel(nn.Module):
+        def __init__(self, encoder: nn.Linear) -> None:
+            super().__init__()
+            self.kernel = encoder.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.kernel
+
+    encoder = nn.Linear(8, 8)
+    model = nn.Sequential(encoder, Kernel(encoder))
+    plan = pw.SparsityPlan({"0": 8}, {"0": (8, 8)})
+    pw.sparsify_(model, plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    model(torch.randn(3, 8))
+    assert torch.equal(model[1].kernel, encoder.weight) and int((encoder.weight != 0).sum()) == 8
+    prune.custom_from_mask(encoder, "bias", torch.ones(8))
+    pw.make_permanent_(model)
+    assert model[1].kernel is encoder.weight and int((encoder.weight != 0).sum()) == 8
+    assert "bias_mask" in dict(encoder.named_buffers())  # biases do not count
+
+
+def test_masks_that_cannot_be_gone_on_from() -> None:
+    plan = pw.SparsityPlan({"0": 3}, {"0": (4, 4)})
+    soft = nn.Sequential(nn.Linear(4, 4))
+    prune.custom_from_mask(soft[0], "weight", torch.full((4, 4), 0.5))
+    own = nn.Sequential(nn.Linear(4, 4))
+    own[0].register_buffer("weight_mask", torch.ones(4, 4))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    prune.custom_from_mask(tied[1], "weight", torch.eye(4))
+    for model, message in (
+        (soft, "'0' has values other than 0 and 1"),
+        (own, "'0' has a weight_mask of its own"),
+        (tied, "'0' and '1' share a weight, with different masks"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(pw.PlanError, match=message):
+            pw.sparsify_(model, plan)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    pw.make_permanent_(own)  # no mask of ours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_left_is_counted_exactly(dtype: torch.dtype) -> None:
+    model = nn.Linear(300, 300).to(dtype)
+    shapes = {"": (300, 300)}
+    pw.sparsify_(model, pw.SparsityPlan({"": 70_001}, shapes))
+    with pytest.raises(pw.PlanError, match="has 70001 weights left"):
+        pw.sparsify_(model, pw.SparsityPlan({"": 70_002}, shapes))
+    pw.sparsify_(model, pw.SparsityPlan({"": 60_001}, shapes))
+    assert int(torch.count_nonzero(model.weight_mask)) == 60_001
+
+
+def test_plans_of_other_types() -> None:
+    for plan, message in (
+        ({"0": 0.5}, "should be a SparsityPlan, as allocate makes it, and is a dict"),
+        (pw.SparsityPlan({"0": 2.5}, {"0": (6, 2, 3, 3)}), "keeps 2.5 of the 108"),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(pw.PlanError, match=message):
+            pw.sparsify_(net(), plan)  # type: ignore[arg-type]
+
+
+def test_masks_of_biases_and_of_shared_modules_are_attached() -> None:
+    def shared() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model = shared()
+    pw.sparsify_(model, pw.allocate(model, 0.5, "erk"))
+    prune.custom_from_mask(model[0], "bias", torch.tensor([1.0, 0, 1, 0]))
+    again = pw.attach_masks_(shared(), model.state_dict())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
 def test_frozen_layers_stay_frozen() -> None:
     model = net().requires_grad_(False)
     pw.sparsify_(model, pw.allocate(model, 0.5, "erk"), "taylor", data=data(), progress=False)

@@ -39,7 +39,9 @@ def test_patches_times_the_matrix_are_the_output(what: str) -> None:
     module = copy.deepcopy(module).double()
     x = torch.randn(shape, dtype=torch.float64)
     (layer,) = find_layers(module)
-    product = patches_of(layer, x) @ layer.as_matrix(layer.weight).transpose(1, 2)  # (groups, rows, outputs of a group)
+    product = patches_of(layer, x, module(x).shape) @ layer.as_matrix(layer.weight).transpose(
+        1, 2
+    )  # (groups, rows, outputs of a group)
     rows = product.transpose(0, 1).reshape(product.shape[1], -1) + module.bias
     torch.testing.assert_close(rows, channels_of(module, module(x)))
 
@@ -72,7 +74,7 @@ def test_statistics_by_brute_force() -> None:
             assert moments.count == len(rows)
             torch.testing.assert_close(moments.covariance(), torch.cov(rows.T, correction=0), rtol=1e-5, atol=1e-7)
         (layer,) = find_layers(model, include=path)
-        for g, patches in enumerate(patches_of(layer, into.detach()).double()):
+        for g, patches in enumerate(patches_of(layer, into.detach(), out.shape).double()):
             expected = sum(torch.outer(row, row) for row in patches)
             torch.testing.assert_close(found[path].hessian[g], expected, rtol=1e-6, atol=1e-8)
             torch.testing.assert_close(found[path].squares[g], expected.diagonal(), rtol=1e-6, atol=1e-8)
@@ -131,6 +133,90 @@ def test_tied_layers_are_summed_together() -> None:
     expected = x.square().sum(0) + model[:2](x).square().sum(0)
     torch.testing.assert_close(found["0"].squares[0], expected)
     assert found["0"].rows == 10
+
+
+class Odd(nn.Module):
+    """A convolution whose weight is shared with one of other stride, and one that is asked for an output size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Own(nn.Conv2d):
+            pass
+
+        self.a, self.b = Own(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, stride=2, dilation=2, padding=2)
+        self.b.weight = self.a.weight
+        self.up = nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(self.b(self.a(x)), output_size=(6, 6))
+        return out
+
+
+def test_each_call_by_the_module_that_is_called() -> None:
+    model, x = Odd().double().eval(), torch.randn(2, 3, 6, 6).double()
+    layers = find_layers(model)
+    found = gather(model, layers, [x], ALL, what="a test")
+    into = [x, model.a(x), model.b(model.a(x))]
+    unfold = nn.functional.unfold
+    patches = [unfold(into[0], 3, padding=1), unfold(into[1], 3, dilation=2, padding=2, stride=2)]
+    expected = sum(p.detach().square().sum((0, 2)) for p in patches)
+    torch.testing.assert_close(found["a"].squares[0], expected)
+    torch.testing.assert_close(found["a"].hessian[0].diagonal(), expected)
+    # Each output is a sum of weights times patches; the gradient of Σ ½·out² by an all-equal weight says how large they are.
+    ones = torch.ones_like(into[2])
+    weight = torch.rand_like(model.up.weight).requires_grad_()
+    out = nn.functional.conv_transpose2d(ones, weight, stride=2, padding=1, output_padding=1)
+    counts = torch.autograd.grad(out.sum(), weight)[0]  # how often each weight is used
+    one = copy.deepcopy(model)
+    one.b.register_forward_hook(lambda *_: ones)
+    squares = gather(one, layers_of := find_layers(one, include="up"), [x], [SQUARES], what="a test")["up"].squares
+    torch.testing.assert_close(layers_of[0].from_matrix(squares.unsqueeze(1).expand(-1, 2, -1)), counts)
+
+
+def test_ties_that_group_channels_otherwise_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
+    model[1].weight = model[0].weight
+    with pytest.raises(pw.PlanError, match="'0' is tied to '1'"):
+        gather(model, find_layers(model), [torch.randn(1, 2, 3, 3)], [SQUARES], what="a test")
+
+
+def test_a_layer_that_gets_no_rows_is_never_called() -> None:
+    model = nn.Linear(3, 3)
+    with pytest.raises(pw.DataError, match="never called ''"):
+        gather(model, find_layers(model), [torch.zeros(0, 3)], ALL, what="a test")
+
+
+def test_compiled_models_are_run_uncompiled() -> None:
+    model = net().eval()
+    expected = gather(model, find_layers(model), samples().split(3), ALL, what="a test")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found = gather(compiled, find_layers(compiled), samples().split(3), ALL, what="a test")
+    assert [s.calls for s in found.values()] == [4] * 3
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(a.hessian, b.hessian)
+
+
+def test_what_forward_writes_is_put_back() -> None:
+    class Counts(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.register_buffer("seen", torch.zeros(()))
+            self.last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            self.last = super().forward(x)
+            return self.last
+
+    model = Counts()
+    for importance in ("capacity", "effective_rank", "loss_increase"):
+        data = [(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))]
+        pw.allocate(model, 0.5, importance, data, progress=False)
+        assert model.seen == 0 and model.last is None
+    pw.compactness(model, data, evaluate=lambda m, d: float(m(d[0][0]).sum()), progress=False)
+    assert model.seen == 0 and model.last is None
 
 
 def test_torchs_own_transformer_calls_its_layers() -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from prunewise.core.batch import cross_entropy, differentiable
+from prunewise.core.batch import differentiable, gradients, loss_of
 from prunewise.core.branches import Branch
 from prunewise.core.errors import PlanError
 from prunewise.core.gains import Gain
@@ -30,14 +30,14 @@ def magnitude(
     """Mean over a unit's weights of |w|^p, over every parameter that produces its channels.
 
     Args:
-        model: a module, or its parameters by name.
+        model: a module, or its weights by name, as they act.
         groups: the groups to score.
         p: the power.
 
     Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with
     equal weight.
     """
-    tensors = _tensors(model) if isinstance(model, nn.Module) else model
+    tensors = under_masks(_tensors(model), dict(model.named_buffers())) if isinstance(model, nn.Module) else model
     scores = {}
     for group in groups:
         total = np.zeros(group.size)
@@ -58,11 +58,12 @@ def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Scor
         PlanError: a group has no normalisation layer.
     """
     norms = {
-        f"{path}.weight" if path else "weight"
+        f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+        for name in ("weight", "weight_orig")
     }
-    tensors = _tensors(model)
+    tensors = under_masks(_tensors(model), dict(model.named_buffers()))
     scores = {}
     for group in groups:
         found = [m for m in group.members if m.name in norms and m.name in tensors]
@@ -114,13 +115,12 @@ def taylor(
     watched = [tensors[n] for n in names]
     scores = {g.name: np.zeros(g.size) for g in groups}
     totals = {b.name: 0.0 for b in branches}
-    batches = 0
+    batches, value = 0, loss_of(loss)
     with differentiable(model, watched):
         for batch in data:
-            value = (loss or cross_entropy)(model, batch)
-            gradients = torch.autograd.grad(value, watched, allow_unused=True)
+            moved = gradients(value(model, batch), watched)
             batches += 1
-            found = {n: (g, p.detach()) for n, g, p in zip(names, gradients, watched, strict=True) if g is not None}
+            found = {n: (g, p.detach()) for n, g, p in zip(names, moved, watched, strict=True) if g is not None}
             for group in groups:
                 scores[group.name] += _first_order(group, found) ** 2
             for branch in branches:
@@ -190,6 +190,16 @@ def in_order_of(masses: Scores, ranks: Scores, size: int, power: float = 0.5) ->
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
+
+
+def under_masks(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they act, by the same names: those under a mask of torch.nn.utils.prune times it."""
+    found = dict(weights)
+    for name, weight in weights.items():
+        mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
+        if mask is not None and name.endswith("_orig") and mask.shape == weight.shape:
+            found[name] = weight.detach() * mask.to(weight.dtype)
+    return found
 
 
 def _reduced(values: Tensor, dim: int, indices: npt.NDArray[np.int64], mean: bool = True) -> Scores:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunewise.channels.choose import Scores
 from prunewise.channels.control import GateControl, Keep
 from prunewise.channels.gate import Gates, put_on, swap_gates, take_off
-from prunewise.channels.importance import magnitude
+from prunewise.channels.importance import magnitude, under_masks
 from prunewise.channels.latency import in_words, measure_latency
 from prunewise.channels.oneshot import make_plan
 from prunewise.channels.replay import device_of
@@ -380,7 +380,8 @@ class GateSession:
 
     def _magnitudes(self) -> dict[str, Scores]:
         """L1 of the filters of every unit, as the weights are now."""
-        return magnitude(self._weights, self.control.limits.groups)
+        weights = under_masks(self._weights, dict(self.model.named_buffers()))
+        return magnitude(weights, self.control.limits.groups)
 
     def _attach(self) -> None:
         self._weights = put_on(

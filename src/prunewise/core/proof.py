@@ -15,7 +15,7 @@ from prunewise.core.errors import VerificationError
 from prunewise.core.groups import Grouping
 from prunewise.core.sites import masked
 from prunewise.core.trace import Inputs, as_call, tensors_of
-from prunewise.core.untouched import attributes_kept, copied, forget_caches, in_mode, seeded
+from prunewise.core.untouched import attributes_kept, buffers_kept, copied, forget_caches, in_mode, seeded
 
 _PLAIN = 1e-4  # what differs by more has to be shown to be rounding, by float64 copies
 _MAX_COPIED = 500_000_000  # parameters of a model that is copied in float64, 8 bytes each
@@ -156,21 +156,16 @@ class _Coarsest(TorchDispatchMode):
 def outputs(model: nn.Module, example_inputs: Inputs, training: bool) -> Outputs:
     """All tensors that a forward pass returns, with nothing left changed."""
     args, kwargs = as_call(example_inputs)
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        with (
-            torch.no_grad(),
-            in_mode(model, training),
-            attributes_kept(model),
-            seeded(model),
-            _Coarsest() as coarsest,
-        ):
-            forget_caches(model)
-            args, kwargs = tree_map(
-                lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)
-            )  # some write to them
-            return Outputs([t.clone() for t in tensors_of(model(*args, **kwargs))], coarsest.epsilon)
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with (
+        torch.no_grad(),
+        in_mode(model, training),
+        attributes_kept(model),
+        buffers_kept(model),
+        seeded(model),
+        _Coarsest() as coarsest,
+    ):
+        forget_caches(model)
+        args, kwargs = tree_map(
+            lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)
+        )  # some write to them
+        return Outputs([t.clone() for t in tensors_of(model(*args, **kwargs))], coarsest.epsilon)

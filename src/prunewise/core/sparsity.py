@@ -102,7 +102,7 @@ class SparsityPlan(Mapping[str, float]):
                 raise PlanError(
                     f"the weight of {name!r} has shape {tuple(shapes[name])}, and in the plan {tuple(shape)}"
                 )
-            if not 0 <= self.keep.get(name, -1) <= math.prod(shape):
+            if type(self.keep.get(name)) is not int or not 0 <= self.keep[name] <= math.prod(shape):
                 raise PlanError(f"the plan keeps {self.keep.get(name)} of the {math.prod(shape)} weights of {name!r}")
         if set(self.keep) != set(self.shapes):
             raise PlanError("the plan names different layers in 'keep' and in 'shapes'")

@@ -50,6 +50,23 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                 container.update(content)
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever `forward` writes into buffers, or puts in place of them, is put back."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = {id(b): (b, b.detach().clone()) for _, held in before for b in held.values() if b is not None}
+    try:
+        yield
+    finally:
+        for buffers, held in before:
+            buffers.clear()
+            buffers.update(held)
+        with torch.no_grad():
+            for buffer, value in values.values():
+                if buffer.layout != torch.strided or not (buffer.is_meta or torch.equal(buffer, value)):
+                    buffer.copy_(value)
+
+
 def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:
     """Shallow copies of dicts, lists and sets, and of those inside them."""
     if depth and type(value) in (dict, list, set, OrderedDict, defaultdict) and id(value) not in contents:

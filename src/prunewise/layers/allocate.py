@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from prunewise.core.batch import Loss
 from prunewise.core.errors import PlanError, SparsityError
 from prunewise.core.sparsity import SparsityPlan
 from prunewise.layers import allocators
@@ -30,7 +32,7 @@ class _Request:
     model: nn.Module
     layers: Sequence[Layer]
     data: Iterable[Any] | None
-    loss: imp.Loss | None
+    loss: Loss | None
     shown: bool
 
 
@@ -40,7 +42,7 @@ def allocate(
     importance: str | Importance = "capacity",
     data: Iterable[Any] | None = None,
     *,
-    loss: imp.Loss | None = None,
+    loss: Loss | None = None,
     floor: float | None = None,
     include: Choice = None,
     exclude: Choice = None,
@@ -60,11 +62,13 @@ def allocate(
             - from shapes: "uniform"; "erk"; "params" (every layer as a whole is worth the same);
             - from weights: "lamp", "global_magnitude", "stable_rank", "alpha" (AlphaPruning);
             - from activations (needs `data`, a few hundred samples): "effective_rank" (how many directions of a layer's
-              input and output are in use, for the weights it has), "rate" (log-det in place of the rank), "owl";
+              input and output are in use, for the weights it has; of more than 2,048 channels a sketch of 2,048), "rate"
+              (log-det in place of the rank), "owl";
             - from gradients or losses (needs `data` with targets): "taylor", "fisher", "loss_increase";
             - or a callable from (model, layers) to {layer name: importance ≥ 0}: d_l = κ·importance, clipped.
         data: a loader of batches: (inputs, targets), inputs, or dicts.
-        loss: loss(model, batch) → mean over the batch; default: cross-entropy, or the model's own `loss` for dicts.
+        loss: loss(model, batch) → mean over the batch, or a criterion (an nn.Module of outputs and targets); default:
+            cross-entropy, or the model's own `loss` for dicts.
         floor: least density of a layer, in [0, 1]. None: a tenth of the total density where densities are ours (that of a
             callable, too), none where an allocator is published.
         include, exclude: paths, shell patterns or a callable that select layers.
@@ -94,7 +98,7 @@ def allocation(
     importance: str | Importance,
     data: Iterable[Any] | None = None,
     *,
-    loss: imp.Loss | None = None,
+    loss: Loss | None = None,
     floor: float | None = None,
     shown: bool = False,
 ) -> Callable[[float], SparsityPlan]:
@@ -106,16 +110,21 @@ def allocation(
     if callable(importance):
         check_finite(layers)
         given = importance(model, layers)
+        if not isinstance(given, Mapping):
+            raise SparsityError(
+                f"importance {name!r} gave a {type(given).__name__}: it should give {{layer name: number}}"
+            )
         allocator, ours = partial(proportional, given), True
     else:
-        if importance not in _PUBLISHED and importance not in _OURS:
+        if not isinstance(importance, str) or (importance not in _PUBLISHED and importance not in _OURS):
             known = ", ".join((*_OURS, *_PUBLISHED))
             raise PlanError(f"unknown importance {importance!r}: use {known}, or a callable")
         if importance not in _FROM_SHAPES:
             _check_weights(layers, name)
         request = _Request(name, model, layers, data, loss, shown)
         ours = importance in _OURS
-        allocator = _OURS[importance](request) if ours else _PUBLISHED[importance](request)
+        with torch.inference_mode(False):  # what is summed up in it could not be changed outside
+            allocator = _OURS[importance](request) if ours else _PUBLISHED[importance](request)
 
     def plan(sparsity: float) -> SparsityPlan:
         total = _total(shapes, sparsity, floor) if ours else Total(shapes, sparsity, floor or 0.0)

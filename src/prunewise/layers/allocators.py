@@ -37,10 +37,10 @@ class Total:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        given: object = self.sparsity  # NumPy's numbers are welcome, text is not
-        if not isinstance(given, Real) or not 0 <= float(given) < 1:
+        given: tuple[object, object] = self.sparsity, self.floor  # NumPy's numbers are welcome, text is not
+        if not isinstance(given[0], Real) or not 0 <= float(given[0]) < 1:
             raise SparsityError(f"sparsity={self.sparsity!r} should be a share of weights removed, in [0, 1)")
-        if not 0 <= self.floor <= 1:
+        if not isinstance(given[1], Real) or not 0 <= float(given[1]) <= 1:
             raise SparsityError(f"floor={self.floor!r} should be a density, in [0, 1]")
         if not self.shapes or not self.sizes.all():
             raise SparsityError("there is no layer to allocate to, or one without weights")
@@ -58,7 +58,7 @@ class Total:
     @property
     def keep(self) -> int:
         """Weights to keep over all layers: (1 − sparsity) of all, to the nearest weight, and at least one."""
-        return max(1, math.floor((1 - self.sparsity) * int(self.sizes.sum()) + 0.5))
+        return max(1, math.floor((1 - float(self.sparsity)) * int(self.sizes.sum()) + 0.5))
 
     @property
     def least(self) -> npt.NDArray[np.int64]:
@@ -93,10 +93,7 @@ def proportional(importances: Mapping[str, float], total: Total) -> dict[str, in
         >>> proportional({"a": 3, "b": 1}, total)
         {'a': 90, 'b': 60}
     """
-    alpha = _values(importances, total)
-    if (alpha < 0).any():
-        name = list(total.shapes)[int(np.argmin(alpha))]
-        raise SparsityError(f"the importance of {name!r} is negative ({alpha.min():g}): importances should be ≥ 0")
+    alpha = _positive(importances, total)
     # Ratios, to twelve digits: another unit of the importances must not tip a remainder.
     alpha = _digits(alpha / alpha.max()) if alpha.max() > 0 else alpha
     return total.named(_counts(_densities(np.zeros(len(alpha)), alpha, total), total))
@@ -170,15 +167,32 @@ def alpha_pruning(exponents: Mapping[str, float], total: Total, *, spread: float
     return total.named(_counts(_densities(np.ones(len(alpha)), slope, total), total))
 
 
+def _positive(given: Mapping[str, float], total: Total) -> Array:
+    values = _values(given, total)
+    if (values < 0).any():
+        name = list(total.shapes)[int(np.argmin(values))]
+        raise SparsityError(f"the importance of {name!r} is negative ({values.min():g}): importances should be ≥ 0")
+    return values
+
+
 def _values(given: Mapping[str, float], total: Total, nan_ok: bool = False) -> Array:
     for name in total.shapes:
         if name not in given:
             raise SparsityError(f"layer {name!r} has no importance: give one for each of {', '.join(total.shapes)}")
+        if not _is_number(given[name]):
+            raise SparsityError(f"the importance of {name!r} should be a number, and is {given[name]!r:.80}")
         if not (math.isfinite(given[name]) or (nan_ok and math.isnan(given[name]))):
             raise NonFiniteError(
                 f"the importance of layer {name!r} is {given[name]}: look at its weights and the data, or give exclude="
             )
     return np.array([float(given[name]) for name in total.shapes])
+
+
+def _is_number(value: object) -> bool:
+    """True for Python's and NumPy's real numbers, and for a tensor or array of one."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return math.prod(value.shape) == 1 and not isinstance(value.item(), complex)
+    return isinstance(value, Real)
 
 
 def _unit(values: Array) -> Array:
@@ -332,14 +346,15 @@ def by_capacity(
         anywhere: in [0, 1].
 
     Raises:
-        NonFiniteError: a weight is NaN.
-        SparsityError: a layer has no weights here.
+        NonFiniteError: a weight is NaN, or a mass is not finite.
+        SparsityError: a layer has no weights or no mass here, or a negative one.
 
     Example:
         >>> weights = {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}
         >>> by_capacity(weights, {"a": 1.0, "b": 3.0}, Total({"a": (2, 2), "b": (2, 2)}, sparsity=0.5))
         {'a': 1, 'b': 3}
     """
+    _positive(masses, total)
     return among_highest({name: capacity_costs(w, masses[name], anywhere) for name, w in weights.items()}, total)
 
 

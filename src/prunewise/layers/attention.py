@@ -23,12 +23,16 @@ _ATTEND_CALL = inspect.signature(_ATTEND)
 _MULTIPLIED = dict(zip(PROJECTIONS, (("query", "key", "value"), ("query",), ("key",), ("value",)), strict=True))
 
 
-def projected_inputs(layer: Layer, module: nn.MultiheadAttention, args: Any, kwargs: Any) -> list[Tensor]:
+def projected_inputs(layer: Layer, args: Any, kwargs: Any) -> list[Tensor] | None:
     """What a projection multiplies in one call of its attention, one tensor (N, positions, inputs) a group.
 
-    Where the attention is given one tensor for several, that is one tensor here, too.
+    Where the attention is given one tensor for several, that is one tensor here, too. None where it is not called like torch's own.
     """
-    given = _CALL.bind(module, *args, **kwargs).arguments
+    module: Any = layer.module
+    try:
+        given = _CALL.bind(module, *args, **kwargs).arguments
+    except TypeError:
+        return None
     values = [given[name] for name in _MULTIPLIED[layer.tensor]]
     moved = {id(x): _samples_first(x.detach(), module.batch_first) for x in values}
     return [moved[id(x)] for x in values]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import nn
 from prunewise._files import read_json, write_json
 from prunewise._progress import Progress
 from prunewise._progress import progress as show_progress
+from prunewise.core.batch import Loss
 from prunewise.core.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from prunewise.core.sparsity import SparsityPlan
-from prunewise.core.untouched import evaluating
-from prunewise.layers.importance import Loss
+from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
 from prunewise.layers.masks import with_weights
 from prunewise.layers.methods import Method
 from prunewise.layers.profile import Compactness, LayerCompactness
@@ -67,14 +68,15 @@ def compactness(
         data, loss, seed: as for `sparsify_`; `data` is `loader` by default.
         include, exclude: paths, shell patterns or a callable that select layers.
         state: a JSON file that is written after each evaluation, atomically. The same call finds there what was
-            evaluated already and goes on; the weights and the method must be the same (`evaluate` and `loader` cannot be checked).
+            evaluated already and goes on; the weights, the method and what it took from the data must be the same (`evaluate`
+            and `loader` cannot be checked).
         progress: show how far it is, and the time left, on stderr.
 
     Raises:
         PlanError: an unknown method or layer, or a mask in force.
-        DataError: `tolerance` is negative, or the method needs data.
+        DataError: `tolerance` is negative, `loader` an iterator, the metric no number, or the method needs data.
         NonFiniteError: the metric of the whole model is not finite, or a weight is.
-        CheckpointError: `state` is damaged, or of another model or method.
+        CheckpointError: `state` is damaged, or of another model, method or data.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False))
@@ -83,17 +85,20 @@ def compactness(
         >>> [layer.kept for layer in found.layers]
         [1, 1]
     """
-    if not tolerance >= 0 or math.isinf(tolerance):
+    given: object = tolerance
+    if not isinstance(given, Real) or not 0 <= float(given) < math.inf:
         raise DataError(f"tolerance={tolerance!r} should be how much the metric may fall: a finite number, at least 0")
+    if isinstance(loader, Iterator):
+        raise DataError("an iterator can be read once, and every evaluation needs the data: give a loader or a list")
     layers = find_layers(model, include, exclude)
     _check(layers)
     masks = Masks(model, layers, method, loader if data is None else data, loss, seed, progress)
     with show_progress(progress, 1 + BISECTIONS * (len(layers) + 1), "compactness") as display:
-        search = _Search(model, loader, evaluate, layers, masks, state, seed, display)
+        search = _Search(model, loader, evaluate, layers, masks, state, display)
         base = search.metric({})
         if not math.isfinite(base):
             raise NonFiniteError(f"the metric of the whole model is {base}: look at evaluate and the data")
-        edge = tolerance + 1e-12 * abs(base)
+        edge = tolerance + 4 * torch.finfo(torch.float32).eps * abs(base)  # metrics are often taken in float32
 
         def holds(value: float) -> bool:
             fall = base - value if higher_is_better else value - base
@@ -157,12 +162,12 @@ class _Search:
 
     def __init__(
         self, model: nn.Module, loader: Any, evaluate: Evaluate, layers: Sequence[Layer], masks: Masks,
-        state: str | os.PathLike[str] | None, seed: int, display: Progress,
+        state: str | os.PathLike[str] | None, display: Progress,
     ) -> None:  # fmt: skip
         self._model, self._loader, self._evaluate, self._masks = model, loader, evaluate, masks
         self._layers = {layer.name: layer for layer in layers}
         self._path = None if state is None else Path(state)
-        self._key = "" if state is None else _identity(model, masks.name, seed)
+        self._key = "" if state is None else _identity(model, masks)
         self._display = display
         self._known: dict[str, float | None] = self._read()
         self.evaluations = 0
@@ -189,8 +194,15 @@ class _Search:
             layer = self._layers[name]
             weight = layer.weight if updated is None else updated
             exchanged.append((layer, torch.where(mask, weight, torch.zeros_like(weight))))
-        with torch.no_grad(), evaluating(self._model), with_weights(exchanged):
-            return float(self._evaluate(self._model, self._loader))
+        model = self._model
+        with (
+            torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model), with_weights(exchanged),
+        ):  # fmt: skip
+            value = self._evaluate(model, self._loader)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(f"evaluate gave a {type(value).__name__}: it should give the metric, a number") from None
 
     def _read(self) -> dict[str, float | None]:
         if self._path is None or not (self._path.exists() or self._path.is_symlink()):
@@ -203,7 +215,7 @@ class _Search:
             )
         if data.get("key") != self._key:
             raise CheckpointError(
-                f"{self._path} is of another model, other weights or another method: use another file, or delete it"
+                f"{self._path} is of another model, other weights, another method or other data: use another file, or delete it"
             )
         if not all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in metrics.values()):
             raise CheckpointError(f"{self._path} is damaged (a metric is no number): delete it to start anew")
@@ -216,10 +228,10 @@ class _Search:
             write_json(self._path, data)
 
 
-def _identity(model: nn.Module, method: str, seed: int) -> str:
+def _identity(model: nn.Module, masks: Masks) -> str:
     """Hash of all that the metrics depend on, as far as it can be seen."""
-    digest = hashlib.sha256(f"{method};{seed};{LEVELS};".encode())
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    digest = hashlib.sha256(f"{masks.identity};{LEVELS};".encode())
+    tensors = [*model.named_parameters(), *model.named_buffers(), *masks.gathered.items()]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

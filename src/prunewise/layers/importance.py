@@ -7,22 +7,20 @@ None of these is the metric of "How Compact?" (arXiv 1901.02757), whose formulas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from prunewise.core.batch import cross_entropy, differentiable, run
+from prunewise.core.batch import Loss, differentiable, gradients, loss_of, mapped, run
 from prunewise.core.errors import DataError, NonFiniteError
-from prunewise.core.untouched import evaluating
+from prunewise.core.trace import tensors_of
+from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
 from prunewise.layers.masks import top, with_weights
 from prunewise.layers.statistics import batches
 from prunewise.layers.weights import Layer
-
-Loss = Callable[[nn.Module, Any], Tensor]
-
 
 # -- of a covariance ----------------------------------------------------------------------------------------------
 
@@ -192,23 +190,27 @@ def sensitivity(
     with differentiable(model, watched):
         for sample in _first(batches(model, data, f"importance {what!r}", shown), samples):
             probe = _probe(run(model, sample), seen)
-            gradients = torch.autograd.grad(probe, watched, allow_unused=True)
-            for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+            for i, (layer, gradient) in enumerate(zip(layers, gradients(probe, watched), strict=True)):
                 if gradient is not None:
                     used[i] = True
-                    # In float64 only from the sum on: whole copies in it would take as long as the backward pass.
-                    moved = gradient.detach().float() * layer.weight.float()
-                    sums[i] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
+                    sums[i] += _moved(gradient, layer)
             seen += 1
-    for layer, called in zip(layers, used, strict=True):
-        if not called:
-            raise DataError(
-                f"the outputs never depend on {layer.name!r} on this data, so importance {what!r} has nothing to go by: give "
-                f"exclude={layer.name!r}"
-            )
+    _check_samples(seen, f"importance {what!r}")
+    _check_used(layers, used, "outputs never depend on", f"importance {what!r}")
     result = {layer.name: total / seen for layer, total in zip(layers, sums, strict=True)}
     _check_gradients(result)
     return {name: float(value) for name, value in result.items()}
+
+
+def _moved(gradient: Tensor, layer: Layer) -> Tensor:
+    """Σ (w·∂/∂w)² of a layer, float64.
+
+    In float64 only from the sum on: whole copies in it would take as long as the backward pass.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    moved = gradient.detach().to(dtype) * layer.weight.to(dtype)
+    norm: Tensor = torch.linalg.vector_norm(moved, dtype=torch.float64)
+    return norm.square()
 
 
 def _first(batches_: Iterable[Any], samples: int) -> Iterable[Any]:
@@ -226,9 +228,9 @@ def _probe(outputs: Any, number: int) -> Tensor:
     """One number: all outputs that can be differentiated, each scaled to length 1, with signs drawn for this sample."""
     rng = torch.Generator().manual_seed(number)
     total = None
-    for value in torch.utils._pytree.tree_leaves(dict(outputs) if isinstance(outputs, dict) else outputs):
-        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
-            sign = (torch.randint(2, value.shape, generator=rng) * 2 - 1).to(value)
+    for value in tensors_of(outputs):
+        if value.requires_grad and value.is_floating_point():
+            sign = (torch.randint(2, value.shape, generator=rng, device="cpu") * 2 - 1).to(value)
             norm = value.detach().double().norm()
             scaled = (value * sign).double().sum() / torch.where(norm > 0, norm, torch.ones_like(norm))
             total = scaled if total is None else total + scaled
@@ -248,7 +250,7 @@ def mean_gradients(
     data: Iterable[Any] | None,
     *,
     loss: Loss | None = None,
-    what: str = "taylor",
+    what: str = "importance 'taylor'",
     shown: bool = False,
 ) -> dict[str, Tensor]:
     """∂loss/∂w averaged over all samples, by layer, shape of the weight, float64; in eval mode.
@@ -256,20 +258,24 @@ def mean_gradients(
     The loss of a batch should be the mean over its samples: batches count by their size, so that sizes do not matter.
 
     Raises:
-        DataError: no data, or an empty loader.
+        DataError: no data, an empty loader, or a layer that the loss never depends on.
         NonFiniteError: a gradient is NaN or infinite; names the layer.
     """
     watched = [layer.parameter for layer in layers]
     sums = [torch.zeros(layer.shape, dtype=torch.float64, device=layer.parameter.device) for layer in layers]
-    samples = 0
+    used, samples, value = [False] * len(layers), 0, loss_of(loss)
     with differentiable(model, watched):
         for batch in batches(model, data, what, shown):
             size = _samples_in(batch)
-            gradients = torch.autograd.grad((loss or cross_entropy)(model, batch), watched, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
+            if not size:
+                continue
+            for i, gradient in enumerate(gradients(value(model, batch), watched)):
                 if gradient is not None:
-                    total += gradient.detach().double() * size
+                    used[i] = True
+                    sums[i] += gradient.detach().double() * size
             samples += size
+    _check_samples(samples, what)
+    _check_used(layers, used, "loss never depends on", what)
     result = {layer.name: total / samples for layer, total in zip(layers, sums, strict=True)}
     _check_gradients(result)
     return result
@@ -292,21 +298,22 @@ def fisher_mass(
     over a layer.
 
     Raises:
-        DataError: no data, or an empty loader.
+        DataError: no data, an empty loader, or a layer that the loss never depends on.
         NonFiniteError: a gradient is NaN or infinite; names the layer.
     """
     watched = [layer.parameter for layer in layers]
     sums = [torch.zeros((), dtype=torch.float64, device=layer.parameter.device) for layer in layers]
-    samples = 0
+    used, samples, value, what = [False] * len(layers), 0, loss_of(loss), "importance 'fisher'"
     with differentiable(model, watched):
-        for batch in batches(model, data, "fisher", shown):
+        for batch in batches(model, data, what, shown):
             for sample in _split(batch):
-                value = (loss or cross_entropy)(model, sample)
-                gradients = torch.autograd.grad(value, watched, allow_unused=True)
-                for layer, total, gradient in zip(layers, sums, gradients, strict=True):
+                for i, gradient in enumerate(gradients(value(model, sample), watched)):
                     if gradient is not None:
-                        total += (gradient.detach().double() * layer.weight.double()).square().sum()
+                        used[i] = True
+                        sums[i] += _moved(gradient, layers[i])
                 samples += 1
+    _check_samples(samples, what)
+    _check_used(layers, used, "loss never depends on", what)
     result = {layer.name: total / (2 * samples) for layer, total in zip(layers, sums, strict=True)}
     _check_gradients(result)
     return {name: float(value) for name, value in result.items()}
@@ -342,14 +349,18 @@ def loss_increase(
     """
     kept = [layer.weight * top(layer.weight.abs(), layer.size - round(layer.size * removed)) for layer in layers]
     base, rises, samples = 0.0, [0.0] * len(layers), 0
-    with torch.no_grad(), evaluating(model):
-        for batch in batches(model, data, "loss_increase", shown):
+    value, what = loss_of(loss), "importance 'loss_increase'"
+    with torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model):
+        for batch in batches(model, data, what, shown):
             size = _samples_in(batch)
+            if not size:
+                continue
             samples += size
-            base += size * float((loss or cross_entropy)(model, batch))
+            base += size * float(value(model, batch))
             for i, layer in enumerate(layers):
                 with with_weights([(layer, kept[i])]):
-                    rises[i] += size * float((loss or cross_entropy)(model, batch))
+                    rises[i] += size * float(value(model, batch))
+    _check_samples(samples, what)
     for layer, total in zip(layers, rises, strict=True):
         if not math.isfinite(total) or not math.isfinite(base):
             raise NonFiniteError(
@@ -364,20 +375,33 @@ def _check_gradients(found: dict[str, Tensor]) -> None:
             raise NonFiniteError(f"the gradient of {name!r} is not finite: look at the data, the loss and the weights")
 
 
+def _check_samples(samples: int, what: str) -> None:
+    if not samples:
+        raise DataError(f"{what} needs data, and all batches are empty: give some with samples")
+
+
+def _check_used(layers: Sequence[Layer], used: Sequence[bool], which: str, what: str) -> None:
+    for layer, called in zip(layers, used, strict=True):
+        if not called:
+            raise DataError(
+                f"the {which} {layer.name!r} on this data, so {what} has nothing to go by: give exclude={layer.name!r}"
+            )
+
+
 def _samples_in(batch: Any) -> int:
-    """How many samples a batch has: the first dimension of its first tensor that has one."""
-    for value in torch.utils._pytree.tree_leaves(dict(batch) if isinstance(batch, dict) else batch):
-        if isinstance(value, Tensor) and value.dim():
-            return int(value.shape[0])
-    raise DataError("a batch holds no tensor with samples along its first dimension: give batches of tensors")
+    """How many samples a batch has: the first dimension that most of its tensors have; the longer one of two as frequent."""
+    sizes = [len(t) for t in tensors_of(batch) if t.dim()]
+    if not sizes:
+        raise DataError("a batch holds no tensor with samples along its first dimension: give batches of tensors")
+    return max(sizes, key=lambda size: (sizes.count(size), size))
 
 
 def _split(batch: Any) -> Iterable[Any]:
     """The samples of a batch, each a batch of one."""
     size = _samples_in(batch)
 
-    def one(value: Any, i: int) -> Any:
-        return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+    def one(i: int, value: Tensor) -> Tensor:
+        return value[i : i + 1] if value.dim() and len(value) == size else value
 
     for i in range(size):
-        yield tree_map(lambda value, i=i: one(value, i), batch)
+        yield mapped(batch, partial(one, i))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from prunewise.layers.weights import Layer
+from prunewise.layers.weights import Layer, is_masked
 
 
 def top(scores: Tensor, keep: int) -> Tensor:
@@ -32,7 +32,7 @@ def top(scores: Tensor, keep: int) -> Tensor:
 
 def put_mask_(module: nn.Module, tensor: str, keep_mask: Tensor) -> None:
     """Put a mask in force on a weight of a module, as torch.nn.utils.prune does, in place of one that may be there."""
-    if f"{tensor}_mask" in module._buffers:
+    if is_masked(module, tensor):
         module._buffers[f"{tensor}_mask"] = keep_mask.to(module._buffers[f"{tensor}_mask"])
     else:
         prune.custom_from_mask(module, tensor, keep_mask)
@@ -51,8 +51,10 @@ def with_weights(exchanged: Iterable[tuple[Layer, Tensor]]) -> Iterator[None]:
             for layer, weight in exchanged:
                 before.append((layer.parameter, layer.parameter.detach().clone()))
                 layer.parameter.copy_(weight)
+        torch.clear_autocast_cache()  # under autocast it would go on with the weights before
         yield
     finally:
         with torch.no_grad():
             for parameter, own in reversed(before):
                 parameter.copy_(own)
+        torch.clear_autocast_cache()

@@ -7,14 +7,18 @@ force are 0), `keep` a count, `keep_mask` a boolean tensor of the weight's shape
     input_norms     ‖x‖₂ of what each weight is multiplied with over the data, shape of the weight, float64
     hessian         Σ x xᵀ over the data, shape (groups, columns, columns), float64
     gradient        mean ∂loss/∂w over the data, shape of the weight, float64
+    alive           False for weights that are gone already, under a mask in force; bool, shape of the weight
     layer           the `Layer`: its module, and the weight as matrices (`as_matrix`, `from_matrix`)
     rng             a torch.Generator on the CPU, seeded by the layer's name and `seed=`
+
+One that does not ask for `alive` may choose dead weights; they make room for the largest that live.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,7 +34,7 @@ from prunewise.layers.weights import Layer
 Method = Callable[..., Any]
 _Method = TypeVar("_Method", bound=Method)
 
-ASKABLE = frozenset({"input_norms", "hessian", "gradient", "layer", "rng"})
+ASKABLE = frozenset({"input_norms", "hessian", "gradient", "alive", "layer", "rng"})
 
 
 def asks(*names: str) -> Callable[[_Method], _Method]:
@@ -60,66 +64,77 @@ def asked_by(method: Method) -> tuple[str, ...]:
     return tuple(getattr(inner, "asks", ()))
 
 
-@asks("rng")
-def random(weight: Tensor, keep: int, *, rng: torch.Generator) -> Tensor:
+def _top_alive(scores: Tensor, keep: int, alive: Tensor | None) -> Tensor:
+    return top(scores if alive is None else scores.masked_fill(~alive, -torch.inf), keep)
+
+
+@asks("rng", "alive")
+def random(weight: Tensor, keep: int, *, rng: torch.Generator, alive: Tensor | None = None) -> Tensor:
     """Any weights, each with the same chance."""
-    return top(torch.rand(weight.shape, generator=rng, dtype=torch.float64).to(weight.device), keep)
+    chance = torch.rand(weight.shape, generator=rng, dtype=torch.float64, device="cpu")
+    return _top_alive(chance.to(weight.device), keep, alive)
 
 
-def magnitude(weight: Tensor, keep: int) -> Tensor:
+@asks("alive")
+def magnitude(weight: Tensor, keep: int, *, alive: Tensor | None = None) -> Tensor:
     """The largest by |w|. Source: Han et al. 2015, arXiv 1506.02626."""
-    return top(weight.abs(), keep)
+    return _top_alive(weight.abs(), keep, alive)
 
 
-@asks("layer")
-def channel_l1(weight: Tensor, keep: int, *, layer: Layer) -> Tensor:
+@asks("layer", "alive")
+def channel_l1(weight: Tensor, keep: int, *, layer: Layer, alive: Tensor | None = None) -> Tensor:
     """Whole filters (all weights of an output channel), the largest by Σ|w|; the last one in part, by |w|, to meet the count.
 
     Source: Li et al. 2017, arXiv 1608.08710. There filters are cut out; here their weights are zero.
     """
-    matrix = layer.as_matrix(weight.abs().double())
-    norms = matrix.sum(-1).reshape(-1)
-    order = torch.argsort(norms, descending=True, stable=True)
-    whole, part = divmod(keep, layer.columns)
-    keep_mask = torch.zeros(matrix.shape, dtype=torch.bool, device=weight.device).reshape(-1, layer.columns)
-    keep_mask[order[:whole]] = True
+    alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
+    filters, living = (layer.as_matrix(t).reshape(-1, layer.columns) for t in (weight.abs().double(), alive))
+    order = torch.argsort(filters.sum(1), descending=True, stable=True)
+    until = living.sum(1)[order].cumsum(0)  # weights that all filters up to this one have
+    whole = int((until <= keep).sum())
+    part = keep - (int(until[whole - 1]) if whole else 0)
+    keep_mask = torch.zeros_like(living)
+    keep_mask[order[:whole]] = living[order[:whole]]
     if part:
         last = order[whole]
-        keep_mask[last] = top(matrix.reshape(-1, layer.columns)[last], part)
-    return layer.from_matrix(keep_mask.reshape(matrix.shape))
+        keep_mask[last] = _top_alive(filters[last], part, living[last])
+    return layer.from_matrix(keep_mask.reshape(layer.groups, layer.rows, layer.columns))
 
 
-@asks("gradient")
-def taylor(weight: Tensor, keep: int, *, gradient: Tensor) -> Tensor:
+@asks("gradient", "alive")
+def taylor(weight: Tensor, keep: int, *, gradient: Tensor, alive: Tensor | None = None) -> Tensor:
     """The largest by |w·∂loss/∂w|. Source: Molchanov et al. 2019, arXiv 1906.10771, of single weights."""
-    return top((weight.double() * gradient).abs(), keep)
+    return _top_alive((weight.double() * gradient).abs(), keep, alive)
 
 
-@asks("gradient")
-def movement(weight: Tensor, keep: int, *, gradient: Tensor) -> Tensor:
+@asks("gradient", "alive")
+def movement(weight: Tensor, keep: int, *, gradient: Tensor, alive: Tensor | None = None) -> Tensor:
     """The largest by −w·∂loss/∂w: weights that training would move away from zero.
 
     Source: Sanh et al. 2020, arXiv 2005.07683. There the score is summed up while the weights are trained; here it is that of
     the weights as they are, over one pass.
     """
-    return top(-weight.double() * gradient, keep)
+    return _top_alive(-weight.double() * gradient, keep, alive)
 
 
-@asks("input_norms", "layer")
-def wanda(weight: Tensor, keep: int, *, input_norms: Tensor, layer: Layer) -> Tensor:
-    """The largest of each output by |w|·‖x‖. Every output keeps the same number of weights, to one.
+@asks("input_norms", "layer", "alive")
+def wanda(weight: Tensor, keep: int, *, input_norms: Tensor, layer: Layer, alive: Tensor | None = None) -> Tensor:
+    """The largest of each output by |w|·‖x‖. Every output keeps the same number of weights, to one, or all that it has left.
 
     Source: Sun et al. 2024, arXiv 2306.11695. There each output rounds down; here the weights left over go to the outputs
     whose next weight scores highest, so that the count is exact.
     """
-    scores = layer.as_matrix(weight.abs().double() * input_norms).reshape(-1, layer.columns)
-    rows = len(scores)
-    each, left = divmod(keep, rows)
+    alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
+    scores = (weight.abs().double() * input_norms).masked_fill(~alive, -1)
+    scores, living = (layer.as_matrix(t).reshape(-1, layer.columns) for t in (scores, alive))
+    available = living.sum(1)
+    each = bisect_right(range(1, layer.columns + 1), keep, key=lambda n: int(available.clamp(max=n).sum()))
     order = torch.argsort(scores, dim=1, descending=True, stable=True)
-    counts = torch.full((rows,), each, device=weight.device)
+    counts = available.clamp(max=each)
+    left = keep - int(counts.sum())
     if left:
         following = scores.gather(1, order[:, each : each + 1]).reshape(-1)
-        counts += top(following, left)
+        counts += _top_alive(following, left, available > each)
     ranked = torch.arange(layer.columns, device=weight.device) < counts[:, None]
     keep_mask = torch.zeros_like(ranked).scatter_(1, order, ranked)
     return layer.from_matrix(keep_mask.reshape(layer.groups, layer.rows, layer.columns))
@@ -140,8 +155,8 @@ def sparsegpt(
     return layer.from_matrix(mask), layer.from_matrix(updated).to(weight.dtype)
 
 
-@asks("layer")
-def n_of_m(weight: Tensor, keep: int, *, layer: Layer, n: int = 2, m: int = 4) -> Tensor:
+@asks("layer", "alive")
+def n_of_m(weight: Tensor, keep: int, *, layer: Layer, alive: Tensor | None = None, n: int = 2, m: int = 4) -> Tensor:
     """The `n` largest of every `m` weights next to each other along the input channels, by |w|; by name "2:4", "4:8", …
 
     2:4 is what sparse tensor cores take. The plan must ask for exactly n/m of the layer:
@@ -152,7 +167,8 @@ def n_of_m(weight: Tensor, keep: int, *, layer: Layer, n: int = 2, m: int = 4) -
     Raises:
         MethodError: the input channels are no multiple of m, or the plan asks for another count.
     """
-    values = weight.abs().movedim(layer.input_dim, -1)
+    values = weight.abs() if alive is None else weight.abs().masked_fill(~alive, -1)
+    values = values.movedim(layer.input_dim, -1)
     channels = layer.columns // layer.positions
     if channels % m:
         raise MethodError(
@@ -179,14 +195,20 @@ def of_torch(cls: Any) -> Method:
 
     @asks("layer")
     def method(weight: Tensor, keep: int, *, layer: Layer) -> Tensor:
+        name = getattr(cls, "func", cls).__name__
         structured = getattr(cls, "func", cls).PRUNING_TYPE == "structured"
-        pruner = cls(amount=weight.numel() - keep)
+        try:
+            pruner = cls(amount=weight.numel() - keep)
+        except TypeError as error:
+            raise MethodError(
+                f"{name} cannot be made with amount= alone: give partial({name}, ...) with all else it needs ({error})"
+            ) from error
         if structured:
             channels = weight.shape[pruner.dim]
             each = weight.numel() // channels
             if keep % each:
                 raise MethodError(
-                    f"{type(pruner).__name__} removes whole channels of {each} weights of {layer.name!r}, and the plan keeps "
+                    f"{name} removes whole channels of {each} weights of {layer.name!r}, and the plan keeps "
                     f"{keep} of {weight.numel()}: ask for a multiple, or use 'channel_l1'"
                 )
             pruner = cls(amount=channels - keep // each)

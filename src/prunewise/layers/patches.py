@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,14 +36,15 @@ def channels_of(module: nn.Module, values: Tensor, positions: int | None = None)
     return values.reshape(-1, values.shape[-1])
 
 
-def patches_of(layer: Layer, inputs: Tensor) -> Tensor:
+def patches_of(layer: Layer, inputs: Tensor, output_shape: Sequence[int]) -> Tensor:
     """What each output is a weighted sum of, shape (groups, rows, columns): output = patches @ matrixᵀ (+ bias), group by group.
 
-    Rows are samples times output positions; columns are those of `Layer.as_matrix`.
+    Rows are samples times output positions; columns are those of `Layer.as_matrix`. A transposed convolution's output may
+    have one of several shapes; the others do not look at `output_shape`.
     """
     module: Any = layer.module
     if isinstance(module, TRANSPOSED):
-        inputs = _stuffed(module, inputs)
+        inputs = _stuffed(module, inputs, output_shape)
         stride, flip = (1,) * len(module.kernel_size), True
     elif isinstance(module, CONV):
         dims = len(module.kernel_size)
@@ -63,7 +65,7 @@ def patches_of(layer: Layer, inputs: Tensor) -> Tensor:
     return flat.permute(1, 0, 3, 2, 4).reshape(layer.groups, -1, layer.columns)
 
 
-def squares_of(layer: Layer, inputs: Tensor) -> tuple[Tensor, int]:
+def squares_of(layer: Layer, inputs: Tensor, output_shape: Sequence[int]) -> tuple[Tensor, int]:
     """Σ of squares of each column of `patches_of` over its rows, shape (groups, columns), float64; and how many rows there are.
 
     Samples are summed before they are cut into patches: a square stands where its value stood.
@@ -74,7 +76,7 @@ def squares_of(layer: Layer, inputs: Tensor) -> tuple[Tensor, int]:
         return _sum_of_squares(rows), len(rows)
     dims = len(module.kernel_size)
     inputs = inputs.unsqueeze(0) if inputs.dim() == dims + 1 else inputs
-    patches = patches_of(layer, _sum_of_squares(inputs))
+    patches = patches_of(layer, _sum_of_squares(inputs), output_shape)
     return patches.sum(1), patches.shape[1] * len(inputs)
 
 
@@ -86,7 +88,7 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     return total
 
 
-def _stuffed(module: Any, inputs: Tensor) -> Tensor:
+def _stuffed(module: Any, inputs: Tensor, output_shape: Sequence[int]) -> Tensor:
     """The input of a transposed convolution, spread out and padded: it is a plain convolution of that, with the kernel flipped."""
     dims = len(module.kernel_size)
     inputs = inputs.unsqueeze(0) if inputs.dim() == dims + 1 else inputs
@@ -95,9 +97,9 @@ def _stuffed(module: Any, inputs: Tensor) -> Tensor:
     every: list[slice] = [slice(None, None, int(step)) for step in module.stride]
     spread[(slice(None), slice(None), *every)] = inputs
     padding: list[int] = []
-    for size, gap, cut, extra in zip(
-        module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True
+    for size, gap, cut, length, out in zip(
+        module.kernel_size, module.dilation, module.padding, sizes, output_shape[-dims:], strict=True
     ):
         edge = gap * (size - 1) - cut
-        padding = [edge, edge + extra, *padding]  # torch pads the last dimension first
+        padding = [edge, out - length - edge + gap * (size - 1), *padding]  # torch pads the last dimension first
     return nn.functional.pad(spread, padding)

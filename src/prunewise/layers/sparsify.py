@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from prunewise.core.batch import Loss
 from prunewise.core.errors import DataError, MethodError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.sparsity import SparsityPlan
 from prunewise.layers import importance as imp
@@ -19,7 +20,7 @@ from prunewise.layers.attention import keep_in_force_, release_
 from prunewise.layers.masks import put_mask_, top
 from prunewise.layers.methods import Method, asked_by, find_method, n_of_m
 from prunewise.layers.statistics import HESSIAN, SQUARES, gather
-from prunewise.layers.weights import WEIGHTS, Layer, check_finite, find_layers
+from prunewise.layers.weights import WEIGHTS, Layer, check_finite, find_layers, masked_tensors
 
 # Hessians gathered in one pass over the data take no more than this (or one layer's, if that is larger).
 _HESSIAN_BYTES = 1 << 30
@@ -31,7 +32,7 @@ def sparsify_(
     method: str | Method = "magnitude",
     *,
     data: Iterable[Any] | None = None,
-    loss: imp.Loss | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
@@ -40,8 +41,9 @@ def sparsify_(
     Masks are left as torch.nn.utils.prune leaves them (`weight_orig`, `weight_mask`, and a hook that multiplies them before
     every forward pass), so that removed weights stay zero while the model is trained further, whatever the
     optimizer's momentum or weight decay; an optimizer made before goes on with the same parameters. `make_permanent_` takes
-    the masks off. A tied weight has the same mask wherever it is used. A layer with a mask in force can lose more
-    weights, and gets none back.
+    the masks off. A weight that the model's code reads without calling its module keeps the values it has now; in
+    nn.MultiheadAttention it does not. A tied weight has the same mask wherever it is used. A layer with a mask in force can
+    lose more weights, and gets none back.
 
     Args:
         model: changed in place; where something is wrong, not at all.
@@ -69,10 +71,11 @@ def sparsify_(
         >>> sum(int((m.weight != 0).sum()) for m in (model[0], model[2]))
         12
     """
-    layers = planned_layers(model, plan)
-    masks = Masks(model, layers, method, data, loss, seed, progress)
-    _put(layers, masks.choose(plan.keep, progress))
-    keep_in_force_(model)
+    with torch.inference_mode(False):  # masks that are made in it could not be trained with
+        layers = planned_layers(model, plan)
+        masks = Masks(model, layers, method, data, loss, seed, progress)
+        _put(layers, masks.choose(plan.keep, progress))
+        keep_in_force_(model)
     return model
 
 
@@ -80,25 +83,50 @@ def planned_layers(model: nn.Module, plan: SparsityPlan) -> list[Layer]:
     """The layers of a plan, found in the model, fit and finite.
 
     Raises:
-        PlanError: the plan does not fit the model, or keeps more of a layer than a mask in force leaves.
+        PlanError: the plan does not fit the model, or keeps more of a layer than a mask in force leaves, or that mask
+            cannot be gone on from.
         NonFiniteError: a weight is not finite.
     """
+    if not isinstance(plan, SparsityPlan):
+        raise PlanError(f"a plan should be a SparsityPlan, as allocate makes it, and is a {type(plan).__name__}")
     # Layers that are not in the plan need not be sound; what the plan names must be there.
     layers: list[Layer] = []
     with contextlib.suppress(NoPrunableGroupError):  # the check says which one is missing
         layers = find_layers(model, include=lambda layer: layer.name in plan)
     plan.check({layer.name: layer.shape for layer in layers})
     for layer in layers:
-        mask = layer.keep_mask
         if layer.parameter.is_meta:
             raise PlanError(f"{layer.name!r} is on the meta device: load the weights before they are pruned")
-        if mask is not None and int(mask.sum()) < plan.keep[layer.name]:
+        _check_masks(layer)
+        left = layer.size if layer.keep_mask is None else int(torch.count_nonzero(layer.keep_mask))
+        if left < plan.keep[layer.name]:
             raise PlanError(
-                f"{layer.name!r} has {int(mask.sum())} weights left under the mask in force, and the plan keeps "
+                f"{layer.name!r} has {left} weights left under the mask in force, and the plan keeps "
                 f"{plan.keep[layer.name]}: make a sparser plan, or start from the dense model"
             )
     check_finite(layers)
     return layers
+
+
+def _check_masks(layer: Layer) -> None:
+    """What is in force on a layer can be gone on from: a mask of 0 and 1, the same for all modules that share the weight."""
+    for owner in layer.owners:
+        mask = owner.keep_mask
+        if mask is None and hasattr(owner.module, f"{owner.tensor}_mask"):
+            raise PlanError(
+                f"{owner.layer_name!r} has a {owner.tensor}_mask of its own, which a mask would replace: exclude it"
+            )
+        if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+            raise PlanError(
+                f"the mask in force on {owner.layer_name!r} has values other than 0 and 1: call make_permanent_ first"
+            )
+        first = layer.owners[0].keep_mask
+        if (mask is None) != (first is None) or (
+            mask is not None and first is not None and bool((mask != first).any())
+        ):
+            raise PlanError(
+                f"{layer.name!r} and {owner.layer_name!r} share a weight, with different masks: call make_permanent_ first"
+            )
 
 
 class Masks:
@@ -110,7 +138,7 @@ class Masks:
         layers: Sequence[Layer],
         method: str | Method,
         data: Iterable[Any] | None = None,
-        loss: imp.Loss | None = None,
+        loss: Loss | None = None,
         seed: int = 0,
         shown: bool = False,
     ) -> None:
@@ -132,6 +160,18 @@ class Masks:
             for layer in layers:
                 self._given[layer.name]["gradient"] = gradients[layer.name]
 
+    @property
+    def identity(self) -> str:
+        """The method and its settings, as a text: masks can differ where this does."""
+        partial = self._method if isinstance(self._method, functools.partial) else functools.partial(self._method)
+        kind = getattr(partial.func, "__qualname__", self.name)
+        return f"{self.name};{kind};{partial.args};{sorted(partial.keywords.items())};{self._seed}"
+
+    @property
+    def gathered(self) -> dict[str, Tensor]:
+        """What the data said of each layer, as far as it is kept: masks can differ where this does."""
+        return {f"{layer} {what}": value for layer, given in self._given.items() for what, value in given.items()}
+
     def choose(self, keep: Mapping[str, int], shown: bool = False) -> dict[str, tuple[Tensor, Tensor | None]]:
         """For each layer in `keep`, its keep mask, and its weights where the method changes them. Nothing of the model changes."""
         layers = [layer for layer in self._layers if layer.name in keep]
@@ -152,6 +192,9 @@ class Masks:
                     given["hessian"] = hessians.pop(layer.name)
                 if "layer" in self._asked:
                     given["layer"] = layer
+                if "alive" in self._asked:
+                    mask = layer.keep_mask
+                    given["alive"] = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask.bool()
                 if "rng" in self._asked:
                     digest = hashlib.sha256(f"{self._seed}:{layer.name}".encode()).digest()
                     given["rng"] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -250,10 +293,13 @@ def make_permanent_(model: nn.Module) -> nn.Module:
         >>> sorted(make_permanent_(sparsify_(layer, plan)).state_dict())
         ['bias', 'weight']
     """
+    masked = [(module, tensor) for module in model.modules() for tensor in masked_tensors(module)]
+    # A weight that counts may be tied to a tensor of any name.
+    weights = {id(module._parameters[f"{tensor}_orig"]) for module, tensor in masked if tensor in WEIGHTS}
+    for module, tensor in masked:
+        if id(module._parameters[f"{tensor}_orig"]) in weights:
+            prune.remove(module, tensor)
     for module in model.modules():
-        for tensor in WEIGHTS:
-            if f"{tensor}_mask" in module._buffers:
-                prune.remove(module, tensor)
         release_(module)
     return model
 
@@ -270,12 +316,12 @@ def attach_masks_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modu
         >>> attach_masks_(nn.Linear(2, 2), state).load_state_dict(state)
         <All keys matched successfully>
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for key, mask in state_dict.items():
         path, _, leaf = key.rpartition(".")
         tensor = leaf.removesuffix("_mask")
-        if leaf == tensor or tensor not in WEIGHTS:
+        if leaf == tensor or f"{key.removesuffix('_mask')}_orig" not in state_dict:
             continue
         module = modules.get(path)
         weight = None if module is None else module._parameters.get(tensor, module._parameters.get(f"{tensor}_orig"))

@@ -5,6 +5,7 @@ Memory is O(C²) a layer at the worst, whatever the number of samples.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from prunewise._progress import progress
 from prunewise.core.batch import run
 from prunewise.core.errors import DataError, NonFiniteError
-from prunewise.core.untouched import attributes_kept, evaluating
+from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
 from prunewise.layers.attention import Joined, projected_inputs, projected_outputs
 from prunewise.layers.patches import channels_of, patches_of, squares_of
-from prunewise.layers.weights import PROJECTIONS, Layer
+from prunewise.layers.weights import PROJECTIONS, TRANSPOSED, Layer, counted
 
 INPUT, OUTPUT, SQUARES, HESSIAN = "input", "output", "squares", "hessian"
 
@@ -42,8 +43,8 @@ def folded(rows: Tensor) -> Tensor:
     if channels <= WIDEST:
         return rows
     rng = torch.Generator().manual_seed(channels)
-    into = torch.randint(WIDEST, (channels,), generator=rng).to(rows.device)
-    sign = (torch.randint(2, (channels,), generator=rng) * 2 - 1).to(rows.device, rows.dtype)
+    into = torch.randint(WIDEST, (channels,), generator=rng, device="cpu").to(rows.device)
+    sign = (torch.randint(2, (channels,), generator=rng, device="cpu") * 2 - 1).to(rows.device, rows.dtype)
     return rows.new_zeros(len(rows), WIDEST).index_add_(1, into, rows * sign)
 
 
@@ -94,21 +95,24 @@ class LayerStatistics:
         self, layer: Layer, inputs: Sequence[Tensor], outputs: Callable[[], Tensor], wanted: Collection[str]
     ) -> None:
         """Take in one call of the layer: its input, or one for each group where they are not channels of one tensor."""
+        if not all(x.numel() for x in inputs):  # an expert to which no token was sent
+            return
         self.calls += 1
         order = [id(x) for x in inputs]
         distinct = dict(zip(order, inputs, strict=True))
+        shape = outputs().shape if isinstance(layer.module, TRANSPOSED) else ()
         if INPUT in wanted:
             for x in distinct.values():
                 self.input.add(channels_of(layer.module, x, POSITIONS))
         if OUTPUT in wanted:
             self.output.add(channels_of(layer.module, outputs(), POSITIONS))
         if SQUARES in wanted:
-            found = {i: squares_of(layer, x) for i, x in distinct.items()}
+            found = {i: squares_of(layer, x, shape) for i, x in distinct.items()}
             self.rows += found[order[0]][1]
             squares = torch.cat([found[i][0] for i in order])
             self.squares = squares if self.squares is None else self.squares.add_(squares)
         if HESSIAN in wanted:
-            rows = {i: patches_of(layer, x).to(torch.float64) for i, x in distinct.items()}
+            rows = {i: patches_of(layer, x, shape).to(torch.float64) for i, x in distinct.items()}
             self.rows += 0 if SQUARES in wanted else rows[order[0]].shape[1]
             products = {i: x.transpose(1, 2) @ x for i, x in rows.items()}
             hessian = torch.cat([products[i] for i in order])
@@ -148,18 +152,24 @@ def gather(
     """
     found = {layer.name: LayerStatistics() for layer in layers}
     count = 0
-    with torch.no_grad(), evaluating(model), attributes_kept(model), _unfused(), ExitStack() as hooks:
+    with (
+        torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model), _unfused(), _eager(), ExitStack() as hooks,
+    ):  # fmt: skip
         joined: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
         output_projections = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         for layer in layers:
-            take = partial(found[layer.name].add, layer, wanted=wanted)
-            for _, module, tensor in layer.owners:
+            for owner in layer.owners:
+                module = owner.module
+                if owner.tensor not in counted(module):  # an embedding, say
+                    continue
+                own = layer.at(owner)
+                take = partial(found[layer.name].add, own, wanted=wanted)
                 if module in output_projections:
                     joined[module] = _taking(take)
-                elif tensor in PROJECTIONS:
-                    handle = module.register_forward_pre_hook(_before_attention(layer, take), with_kwargs=True)
+                elif owner.tensor in PROJECTIONS:
+                    handle = module.register_forward_pre_hook(_before_attention(own, take), with_kwargs=True)
                     hooks.callback(handle.remove)
-                elif isinstance(module, type(layer.module)):
+                else:
                     handle = module.register_forward_hook(_after(take), with_kwargs=True)
                     hooks.callback(handle.remove)
         if joined:
@@ -189,15 +199,16 @@ def _taking(take: _Take) -> Callable[[Tensor, Tensor], None]:
 
 def _after(take: _Take) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        _taking(take)(args[0] if args else next(iter(kwargs.values())), output)
+        _taking(take)(args[0] if args else kwargs["input" if "input" in kwargs else next(iter(kwargs))], output)
 
     return hook
 
 
 def _before_attention(layer: Layer, take: _Take) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = projected_inputs(layer, module, args, kwargs)
-        take(inputs, lambda: projected_outputs(layer, inputs))
+        inputs = projected_inputs(layer, args, kwargs)
+        if inputs is not None:
+            take(inputs, lambda: projected_outputs(layer, inputs))
 
     return hook
 
@@ -225,6 +236,16 @@ def batches(model: nn.Module, data: Iterable[Any] | None, what: str, shown: bool
             display.step(done)
     if not done:
         raise DataError(f"{what} needs data, and the loader is empty: give one with batches")
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled parts run uncompiled: hooks would be traced, and each of their counts compiled anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import prune
 
 from prunewise.core.choice import matcher
 from prunewise.core.errors import NonFiniteError, NoPrunableGroupError, PlanError
@@ -34,13 +35,20 @@ class Owner(NamedTuple):
 
     @property
     def parameter_name(self) -> str:
-        """The name of the weight among the model's parameters, as long as no mask is in force on it."""
-        return f"{self.path}.{self.tensor}" if self.path else self.tensor
+        """The name of the weight among the model's parameters, which is another one where a mask is in force."""
+        name = f"{self.tensor}_orig" if is_masked(self.module, self.tensor) else self.tensor
+        return f"{self.path}.{name}" if self.path else name
 
     @property
     def layer_name(self) -> str:
         """The module's path; with the weight's name where the module holds several."""
-        return self.path if self.tensor == "weight" else self.parameter_name
+        return self.path if self.tensor == "weight" else f"{self.path}.{self.tensor}" if self.path else self.tensor
+
+    @property
+    def keep_mask(self) -> Tensor | None:
+        """The mask in force, as torch.nn.utils.prune leaves it, or None. Detached."""
+        found = self.module._buffers[f"{self.tensor}_mask"] if is_masked(self.module, self.tensor) else None
+        return None if found is None else found.detach()
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,8 @@ class Layer:
 
     @property
     def keep_mask(self) -> Tensor | None:
-        """The mask in force, as torch.nn.utils.prune leaves it, or None."""
-        found = self.module._buffers.get(f"{self.tensor}_mask")
-        return found if found is None else found.detach()
+        """The mask in force, as torch.nn.utils.prune leaves it, or None. Detached."""
+        return Owner("", self.module, self.tensor).keep_mask
 
     @property
     def weight(self) -> Tensor:
@@ -103,6 +110,20 @@ class Layer:
     def input_dim(self) -> int:
         """The weight's dimension that goes along the input channels."""
         return 0 if isinstance(self.module, TRANSPOSED) or _is_conv1d_of_transformers(self.module) else 1
+
+    def at(self, owner: Owner) -> Layer:
+        """The same weight as this one of its owners has it.
+
+        Raises:
+            PlanError: it is another matrix there, of other rows or groups.
+        """
+        own = _layer(owner, self.parameter, self.owners)
+        if (own.groups, own.rows, own.columns) != (self.groups, self.rows, self.columns):
+            raise PlanError(
+                f"the weight of {self.name!r} is tied to {own.name!r}, which groups its channels in another way: give "
+                f"exclude={self.name!r}"
+            )
+        return own
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as (groups, rows, columns)."""
@@ -132,9 +153,20 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
+def masked_tensors(module: nn.Module) -> list[str]:
+    """What masks of torch.nn.utils.prune are in force on: names of tensors of a module."""
+    hooks = module._forward_pre_hooks.values()
+    return [str(hook._tensor_name) for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def is_masked(module: nn.Module, tensor: str) -> bool:
+    """True where a mask of torch.nn.utils.prune is in force on a tensor of a module."""
+    return tensor in masked_tensors(module)
+
+
 def _parameter(module: nn.Module, tensor: str) -> nn.Parameter | None:
     """A weight of a module; under a mask of torch.nn.utils.prune it goes by another name."""
-    found = module._parameters.get(f"{tensor}_orig" if f"{tensor}_mask" in module._buffers else tensor)
+    found = module._parameters.get(f"{tensor}_orig" if is_masked(module, tensor) else tensor)
     return found if isinstance(found, nn.Parameter) else None
 
 
@@ -162,13 +194,15 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
     """
     owners: dict[int, list[Owner]] = {}
     for path, module in model.named_modules():
-        for tensor in WEIGHTS:
-            parameter = _parameter(module, tensor)
+        masked = masked_tensors(module)
+        for name, parameter in module._parameters.items():
+            tensor = name.removesuffix("_orig")
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(Owner(path, module, tensor))
+                owner = Owner(path, module, tensor if tensor in masked else name)
+                owners.setdefault(id(parameter), []).append(owner)
     layers, seen = [], set()
     for path, module in model.named_modules():
-        for tensor in _counted(module):
+        for tensor in counted(module):
             owner, parameter = Owner(path, module, tensor), _parameter(module, tensor)
             if parameter is None or isinstance(parameter, UninitializedParameter):
                 layers.append(
@@ -191,7 +225,7 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
     return wanted
 
 
-def _counted(module: nn.Module) -> tuple[str, ...]:
+def counted(module: nn.Module) -> tuple[str, ...]:
     """The weights of a module that count, by name."""
     if isinstance(module, (nn.Linear, *CONV, *TRANSPOSED)) or _is_conv1d_of_transformers(module):
         return ("weight",)
@@ -232,9 +266,17 @@ def _paths(layer: Layer) -> list[str]:
 
 
 def check_finite(layers: Sequence[Layer]) -> None:
-    """Raise `NonFiniteError` where a weight is NaN or infinite; weights on the meta device are taken as sound."""
+    """Raise `NonFiniteError` where a weight is NaN or infinite; weights on the meta device are taken as sound.
+
+    Raises:
+        PlanError: a weight was made under torch.inference_mode, so that it can neither change nor have gradients.
+    """
     for layer in layers:
         weight = layer.parameter.detach()
+        if weight.is_inference():
+            raise PlanError(
+                f"the weight of {layer.name!r} was made under torch.inference_mode: build the model outside of it"
+            )
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(
                 f"the weight of {layer.name!r} is not finite (NaN or infinite): load a sound checkpoint, or give exclude="
