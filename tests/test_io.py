@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 import prunewise as pw
 from prunewise import _files, _state, io
@@ -289,6 +291,7 @@ def test_saving_over_an_older_model_replaces_it_and_sweeps(saved):
     (saved / ".weights.123456.tmp").mkdir()
     (saved / ".weights.123456.tmp" / ".tmpAbC123").write_bytes(b"left by a killed process")
     (saved / ".model-0123.safetensors").write_bytes(b"left by a killed process")
+    os.utime(saved / ".weights.123456.tmp", (0, 0))
     small, plan = pruned(seed=3)
     pw.save_pruned(saved, small, plan)
     assert sorted(os.listdir(saved)) == ["model.safetensors", "plan.json"]
@@ -349,6 +352,8 @@ def test_killed_while_saving_the_folder_holds_one_whole_model(tmp_path):
     child.wait()
     loaded = pw.load_pruned(tmp_path / "m", factory)
     assert sum(torch.equal(loaded(X), y) for y in outputs) == 1
+    for left in (tmp_path / "m").glob(".*.tmp"):
+        os.utime(left, (0, 0))
     pw.save_pruned(tmp_path / "m", *pruned(seed=1))
     assert sorted(os.listdir(tmp_path / "m")) == ["model.safetensors", "plan.json"]
 
@@ -367,6 +372,16 @@ def test_what_safetensors_cannot_hold_is_named(tmp_path, example):
     with pytest.raises(pw.CheckpointError, match="'odd' is"):
         pw.save_pruned(tmp_path, small, example[1])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_mask_in_force_is_refused(tmp_path, example):
+    small = copy.deepcopy(example[0])
+    prune.l1_unstructured(small[5], "weight", 0.5)
+    with pytest.raises(pw.CheckpointError, match="mask is in force on 'weight' of module '5'.*make_permanent_ first"):
+        pw.save_pruned(tmp_path / "x", small, example[1])
+    assert not (tmp_path / "x").exists()
+    pw.save_pruned(tmp_path, pw.make_permanent_(small), example[1])
+    assert same(pw.load_pruned(tmp_path, factory), small, X)
 
 
 def test_an_extra_state_is_refused(tmp_path, example):
@@ -772,6 +787,17 @@ def test_random_states_come_back(tmp_path):
     first = (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random())
     _state.set_rng_state(_state.load_state(tmp_path, "rng"), device)
     assert first == (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random())
+
+
+def test_threads_write_different_files_into_one_folder(tmp_path):
+    def write(number):
+        tensors = {"a": torch.full((1000,), float(number))}
+        _files.stage_tensors(tmp_path, tensors, lambda sha256: f"{number}.safetensors")
+        _files.write_json(tmp_path / f"{number}.json", number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(64)))
+    assert len(os.listdir(tmp_path)) == 128
 
 
 def test_dtypes_agree_with_safetensors(tmp_path):

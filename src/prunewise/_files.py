@@ -6,6 +6,7 @@ Nothing read here is believed before it is checked, and nothing is unpickled.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,14 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from prunewise.core.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 64 << 20
 _CHUNK = 8 << 20
+_STALE_SECONDS = 3600
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -43,7 +47,7 @@ _SUPPORTED = frozenset(DTYPES.values())
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place, whole and on disk, when the block ends without an error."""
-    _sweep(path.parent, f".{path.name}.*.tmp")
+    _sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
@@ -76,9 +80,7 @@ def stage_tensors(
         The file's path, and the SHA-256 of its content (64 hexadecimal digits).
     """
     for key, tensor in tensors.items():
-        if tensor.dtype not in _SUPPORTED or tensor.layout != torch.strided or tensor.is_meta:
-            kind = "on the meta device" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-            raise CheckpointError(f"tensor {key!r} is {kind}, which cannot be saved: convert it to a plain dtype first")
+        require_plain(key, tensor)
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     _sweep(directory, ".weights.*.tmp")
     # A folder of its own, because safetensors may make temporary files beside the one it writes.
@@ -100,13 +102,31 @@ def stage_tensors(
     return path, digest
 
 
+def require_plain(name: str, tensor: Tensor) -> None:
+    """Raise where a tensor is of a kind that a safetensors file cannot hold."""
+    if is_lazy(tensor):
+        problem = "has no values yet: run the model once"
+    elif tensor.is_meta:
+        problem = "is on the meta device: load its values"
+    elif tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):  # the latter is made of other tensors
+        problem = f"is a {type(tensor).__name__} ({tensor.layout}), which cannot be saved: make it plain and dense"
+    elif tensor.dtype not in _SUPPORTED:
+        problem = f"is {tensor.dtype}, which cannot be saved: convert it to a plain dtype"
+    else:
+        return
+    raise CheckpointError(f"tensor {name!r} {problem} first")
+
+
 def _sweep(directory: Path, pattern: str) -> None:
-    """Remove what a killed process left. Two processes must not write to one folder at the same time."""
-    for old in directory.glob(pattern):
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
+    """Remove what a killed process left: all that is old, as other processes and threads may be writing beside this one."""
+    for path in directory.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+            if time.time() - path.lstat().st_mtime < _STALE_SECONDS:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +161,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             raise CheckpointError(f"{path} is a symbolic link, which is not followed: put the file itself there")
         handle = os.open(path, flags)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: name the folder that save_pruned wrote") from None
+        raise CheckpointError(f"{path} is missing: name the path that was given when it was saved") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):

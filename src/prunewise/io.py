@@ -40,6 +40,7 @@ from prunewise.core.graph import RebuiltModule
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.surgery import Surgeon, is_gated
 from prunewise.core.trace import Inputs
+from prunewise.layers.weights import masked_tensors
 
 _FORMAT = 1
 PLAN_FILE, WEIGHTS_FILE = "plan.json", "model.safetensors"
@@ -63,7 +64,8 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
     Raises:
         PlanError: the model is not one that the plan makes (another number of parameters).
         AlreadyGatedError: the model has gates; save what `gates.finish()` returns.
-        CheckpointError: a tensor is of a kind that safetensors cannot hold, or a module has an extra state of its own.
+        CheckpointError: a tensor is of a kind that safetensors cannot hold, a mask of torch.nn.utils.prune is in force, or a
+            module has an extra state of its own.
 
     Example:
         >>> import tempfile
@@ -98,7 +100,7 @@ def save_pruned(directory: str | os.PathLike[str], small: nn.Module, plan: Chann
 
 
 def _require_savable(small: nn.Module, plan: ChannelPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Raise where the model is not one that the plan makes, or holds what is not a tensor."""
+    """Raise where the model is not one that the plan makes, or holds what no factory would give back."""
     if is_gated(small):
         raise AlreadyGatedError("the model has gates: save what gates.finish() returns")
     count = sum(p.numel() for p in small.parameters())  # of scripted modules too, which give plain tensors
@@ -109,6 +111,12 @@ def _require_savable(small: nn.Module, plan: ChannelPlan, tensors: Mapping[str, 
             "this plan, or the plan that made it"
         )
     for path, module in small.named_modules():
+        masked = masked_tensors(module)
+        if masked:
+            raise CheckpointError(
+                f"a mask is in force on {masked[0]!r} of module {path!r}, which is not saved: call make_permanent_ first (or "
+                "torch.nn.utils.prune.remove)"
+            )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
                 f"module {path!r} ({type(module).__name__}) has an extra state (get_extra_state), which may be anything and "

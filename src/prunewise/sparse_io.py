@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from prunewise._files import TensorFile, opened, parse_json, stage_tensors
+from prunewise._files import TensorFile, opened, parse_json, require_plain, stage_tensors
 from prunewise.core.errors import CheckpointError
 from prunewise.layers.attention import keep_in_force_
+from prunewise.layers.masks import put_mask_
+from prunewise.layers.weights import masked_tensors
 
 _FORMAT = "prunewise-sparse-1"
-# Numbers of bytes an index takes, and the largest index of each
-_INDICES = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31), (torch.int64, 1 << 63))
+# What an index may be held in, and the first number too large for it
+_INDICES = {torch.uint8: 1 << 8, torch.int16: 1 << 15, torch.int32: 1 << 31, torch.int64: 1 << 63}
+_BITS = {dtype.itemsize: dtype for dtype in _INDICES}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def sparse_size(model: nn.Module) -> SparseSize:
         model: with masks of torch.nn.utils.prune in force, or with plain zeros.
 
     Raises:
-        CheckpointError: a tensor is on the meta device.
+        CheckpointError: a tensor is of a kind that safetensors cannot hold, or a mask has values other than 0 and 1.
 
     Example:
         >>> model = nn.Linear(64, 64, bias=False)
@@ -106,8 +109,8 @@ def sparse_size(model: nn.Module) -> SparseSize:
 def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
     """Write the `state_dict` of a sparse model to one file, each tensor in its smallest form; the model stays as it is.
 
-    A removed weight is read back as +0.0, everything else bit for bit. The file has the names of the model without masks; which
-    weights had a mask in force is kept as well. An older file is replaced at one stroke.
+    A removed weight is read back as +0.0, as a -0.0 may be; everything else bit for bit. The file has the names of the model
+    without masks; which weights had a mask in force is kept as well. An older file is replaced at one stroke.
 
     Args:
         path: of the file, conventionally ending in `.safetensors`; its folder must be there.
@@ -117,7 +120,8 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         What each tensor takes.
 
     Raises:
-        CheckpointError: a tensor is of a kind that safetensors cannot hold (on the meta device, say), or the folder is missing.
+        CheckpointError: a tensor is of a kind that safetensors cannot hold (on the meta device, say), a mask has values other
+            than 0 and 1, the folder is missing, or the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -131,8 +135,10 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         (True, 6.9)
     """
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise CheckpointError(f"the folder {target.parent} is missing: make it first")
+    if os.path.isdir(target):
+        raise CheckpointError(f"{target} is a folder: name a file in it")
     tensors: dict[str, Tensor] = {}
     described, stored = [], []
     for number, held in enumerate(_held(model)):
@@ -141,7 +147,10 @@ def save_sparse(path: str | os.PathLike[str], model: nn.Module) -> SparseSize:
         stored.append(_stored(held, form, parts))
         described.append({"names": held.names, "shape": list(held.value.shape), "form": form, "masked": held.masked})
     metadata = {"prunewise": json.dumps({"format": _FORMAT, "tensors": described})}
-    stage_tensors(target.parent, tensors, lambda digest: target.name, metadata)
+    try:
+        stage_tensors(target.parent, tensors, lambda digest: target.name, metadata)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
     return SparseSize(tuple(stored))
 
 
@@ -165,15 +174,18 @@ def load_sparse(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
         _require_fit(saved, described, model, path)  # before any memory is taken for what the file claims
         parts = saved.read(None)
     decoded = [(entry, *_decoded(entry, number, parts, path)) for number, entry in enumerate(described)]
-    targets = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for entry, value, _ in decoded:
-            for name in entry["names"]:
-                targets[name].copy_(value)
-    for entry, _, support in decoded:
-        for name in entry["masked"]:
-            owner, _, leaf = name.rpartition(".")
-            prune.custom_from_mask(model.get_submodule(owner), leaf, support.to(targets[name].device))
+    state = model.state_dict()  # for what it says of versions; the file has values for all of it
+    state.update((name, value) for entry, value, _ in decoded for name in entry["names"])
+    try:
+        model.load_state_dict(state)
+        for entry, _, support in decoded:
+            for name in entry["masked"]:
+                owner, _, leaf = name.rpartition(".")
+                module = model.get_submodule(owner)
+                put_mask_(module, leaf, support.to(getattr(module, leaf).device))
+    except Exception as error:  # modules may have code of their own for it
+        kind = type(model).__name__
+        raise CheckpointError(f"{path} cannot be loaded into this {kind}: {str(error)[:500]}") from error
     keep_in_force_(model)
     return model
 
@@ -193,42 +205,51 @@ class _Held:
 
 def _held(model: nn.Module) -> Iterator[_Held]:
     """Every tensor of the state_dict, as it would be without masks, once."""
-    masked: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                leaf = hook._tensor_name
-                mask = module._buffers[f"{leaf}_mask"]
-                assert mask is not None
-                masked[f"{path}.{leaf}" if path else leaf] = mask
+    masks = {
+        f"{path}.{leaf}" if path else leaf: module.get_buffer(f"{leaf}_mask")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf in masked_tensors(module)
+    }
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{key!r} is a {type(tensor).__name__} and no tensor: keep such a state in buffers")
-        if key.removesuffix("_mask") in masked:
+        if key.removesuffix("_mask") in masks:
             continue
         plain = key.removesuffix("_orig")
-        names.setdefault(id(tensor), []).append(plain if plain in masked else key)
+        names.setdefault(id(tensor), []).append(plain if plain in masks else key)
         tensors[id(tensor)] = tensor
     for tensor_id, together in names.items():
-        value = tensors[tensor_id].detach()
-        if value.is_meta or value.layout != torch.strided:
-            kind = (
-                "on the meta device: load its values"
-                if value.is_meta
-                else f"in the layout {value.layout}: make it dense"
-            )
-            raise CheckpointError(f"tensor {together[0]!r} is {kind} first")
-        value = value.cpu()
-        hidden = [name for name in together if name in masked]
-        keeps = [masked[name].cpu() != 0 for name in hidden]
-        if any(not torch.equal(keeps[0], keep) for keep in keeps) or 0 < len(hidden) < len(together):
+        require_plain(together[0], tensors[tensor_id])
+        value = tensors[tensor_id].detach().cpu()
+        masked = [name for name in together if name in masks]
+        keeps = [_keep(name, masks[name]) for name in masked]
+        if any(not torch.equal(keeps[0], keep) for keep in keeps) or 0 < len(masked) < len(together):
             raise CheckpointError(
                 f"tensors {together[0]!r} and {together[1]!r} are one, with different masks: untie them"
             )
-        support = keeps[0] if keeps else (value.to(torch.float32) if value.is_floating_point() else value) != 0
-        yield _Held(together, hidden, value, support)
+        yield _Held(together, masked, value, keeps[0] if keeps else _nonzero(value))
+
+
+def _keep(name: str, mask: Tensor) -> Tensor:
+    keep = mask != 0
+    if not torch.equal(keep.to(mask), mask):
+        raise CheckpointError(
+            f"the mask on {name!r} has values other than 0 and 1, which would be lost: multiply them in first, by "
+            "make_permanent_ or torch.nn.utils.prune.remove"
+        )
+    return keep.cpu()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, which can be chosen from and compared whatever the dtype is."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    bits = _bits(value)
+    return (bits << 1 if value.is_floating_point() else bits) != 0  # the first bit of -0.0 is its sign
 
 
 def _require_fit(saved: TensorFile, described: list[dict[str, Any]], model: nn.Module, path: Path) -> None:
@@ -245,6 +266,14 @@ def _require_fit(saved: TensorFile, described: list[dict[str, Any]], model: nn.M
             f"{path} was saved for another architecture than this {type(model).__name__}: {', '.join(missing[:3]) or 'none'} "
             f"missing, {', '.join(n[:80] for n in extra[:3]) or 'none'} too many. The factory should build the same, dense model"
         )
+    for tensor in held:
+        first, *others = tensor.names
+        apart = next((name for name in others if claimed[name][0] != claimed[first][0]), None)
+        if apart is not None:
+            raise CheckpointError(
+                f"{path}: {first!r} and {apart!r} were saved as two tensors, and are one in this {type(model).__name__}. The "
+                "factory should not tie them"
+            )
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, (number, entry) in claimed.items():
         shape, dtype = tuple(entry["shape"]), saved.entries[f"{number}.values"].dtype
@@ -276,13 +305,14 @@ def _smallest(held: _Held) -> tuple[str, dict[str, Tensor]]:
     form = min(sizes, key=lambda f: sizes[f])
     if form == "dense":
         return form, {"values": value}
+    values = _bits(value)[support].view(value.dtype)
     if form == "bitmask":
         bits = np.packbits(support.flatten().numpy(), bitorder="little")
-        return form, {"bits": torch.from_numpy(bits), "values": value[support]}
+        return form, {"bits": torch.from_numpy(bits), "values": values}
     matrix = support.reshape(rows, columns)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), matrix.sum(1).cumsum(0)])
     places = matrix.nonzero()[:, 1]
-    return form, {"offsets": offsets.to(_index(kept)), "columns": places.to(_index(columns)), "values": value[support]}
+    return form, {"offsets": offsets.to(_index(kept)), "columns": places.to(_index(columns)), "values": values}
 
 
 def _stored(held: _Held, form: str, parts: Mapping[str, Tensor]) -> StoredTensor:
@@ -297,7 +327,7 @@ def _matrix(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def _index(largest: int) -> torch.dtype:
-    return next(dtype for dtype, limit in _INDICES if largest < limit)
+    return next(dtype for dtype, limit in _INDICES.items() if largest < limit)
 
 
 def _checked(saved: TensorFile, path: Path) -> list[dict[str, Any]]:
@@ -328,18 +358,12 @@ def _checked(saved: TensorFile, path: Path) -> list[dict[str, Any]]:
             case _:
                 raise wrong(f"tensor {number} lacks names, a shape, a form or masks")
         strings = all(isinstance(n, str) for n in [*names, *masked])
-        if (
-            not names
-            or not strings
-            or seen & set(names)
-            or len(set(names)) < len(names)
-            or not set(masked) <= set(names)
-        ):
+        if not names or not strings or seen & set(names) or len(set(names)) < len(names) or masked not in ([], names):
             raise wrong(f"the names of tensor {number} are not valid")
         if (
             len(shape) > 64
             or not all(type(s) is int and 0 <= s < 1 << 40 for s in shape)
-            or math.prod(shape) >= 1 << 48
+            or math.prod(max(1, s) for s in shape) >= 1 << 48
         ):
             raise wrong(f"tensor {number} has the shape {str(shape)[:80]}")
         seen |= set(names)
@@ -356,11 +380,10 @@ def _checked(saved: TensorFile, path: Path) -> list[dict[str, Any]]:
             sizes["values"] = tuple(shape)
         if not flat or any(held[part] != sizes[part] for part in parts) or math.prod(held["values"]) > math.prod(shape):
             raise wrong(f"the parts of tensor {number} do not make up its shape {shape}")
-        if form == "csr" and any(
-            saved.entries[f"{number}.{part}"].dtype not in [dtype for dtype, _ in _INDICES]
-            for part in ("offsets", "columns")
-        ):
-            raise wrong(f"the indices of tensor {number} are no integers")
+        for part in parts[:-1]:
+            dtype = saved.entries[f"{number}.{part}"].dtype
+            if dtype not in ([torch.uint8] if part == "bits" else _INDICES):
+                raise wrong(f"the {part} of tensor {number} are {dtype}")
     if expected != saved.entries.keys():
         raise wrong("it holds tensors that its metadata do not name")
     return tensors
@@ -383,18 +406,18 @@ def _decoded(entry: Mapping[str, Any], number: int, parts: Mapping[str, Tensor],
     else:
         rows, columns = _matrix(shape)
         offsets, places = parts[f"{number}.offsets"].long(), parts[f"{number}.columns"].long()
-        counts = offsets.diff()
-        if int(offsets[0]) or int(offsets[-1]) != len(places) or bool((counts < 0).any()):
+        # compared, not subtracted, which could wrap: all lie in [0, len(places)] then
+        if int(offsets[0]) or int(offsets[-1]) != len(places) or bool((offsets[1:] < offsets[:-1]).any()):
             raise problem
         if bool((places < 0).any()) or bool((places >= columns).any()):
             raise problem
-        at = torch.arange(rows).repeat_interleave(counts) * columns + places
+        at = torch.arange(rows).repeat_interleave(offsets.diff()) * columns + places
         if bool((at.diff() <= 0).any()):  # within a row in order, and none twice
             raise problem
         support = torch.zeros(size, dtype=torch.bool)
         support[at] = True
     if int(support.sum()) != len(values):
         raise problem
-    value = torch.zeros(size, dtype=values.dtype)
-    value[support] = values
-    return value.reshape(shape), support.reshape(shape)
+    filled = torch.zeros(size, dtype=_bits(values).dtype)
+    filled[support] = _bits(values)
+    return filled.view(values.dtype).reshape(shape), support.reshape(shape)
