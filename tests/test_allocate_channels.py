@@ -137,3 +137,20 @@ def test_worth_is_the_total_at_which_a_unit_goes() -> None:
             share = math.sqrt(1 - plan(density)[name])
             stay = int((worth > -math.log(density)).sum())
             assert abs(stay - 50 * share) <= 1.5
+
+
+def test_layers_that_cannot_be_measured_are_passed_over() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+            self.spare = nn.Linear(3, 3)
+            nn.utils.parametrizations.weight_norm(self.head)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.second(self.first(x).relu()).relu())
+            return out
+
+    data = [torch.randn(8, 6)]
+    plan = pw.allocate_channels(Odd(), data[0], budget=pw.Budget(macs=0.5), data=data, progress=False)
+    assert plan.cost_after["macs"] <= 0.5 * plan.cost_before["macs"]

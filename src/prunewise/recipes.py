@@ -285,7 +285,8 @@ def allocate_channels(
         model: the network; not changed.
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
         budget: what the small network may cost.
-        importance, data, loss: of layers, as for `allocate`; all convolution and linear layers are measured.
+        importance, data, loss: of layers, as for `allocate`. All are measured that are used and whose weight is a plain
+            parameter; groups that none of them makes keep the total density.
         units: ranks the channels within a group: a callable from (model, groups) to {group name: scores (units,), higher = keep}.
         include, exclude, min_keep, round_to: of groups, as for `plan_channels`.
         progress: show how far the pass over the data is, on stderr.
@@ -303,9 +304,12 @@ def allocate_channels(
     """
     if is_gated(model):
         raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
-    costs = Surgeon.of(model, example_inputs).costs
+    surgeon = Surgeon.of(model, example_inputs)
+    costs, trace = surgeon.costs, surgeon.grouping.structure.trace
     limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)
-    layers = find_layers(model)
+    used = {trace.tensors[i].name for i in trace.used_state()}
+    # Nothing is known of layers that are never used or whose weight is computed (by a parametrization): no columns.
+    layers = find_layers(model, lambda x: x.columns > 0 and any(owner.parameter_name in used for owner in x.owners))
     plan_at = allocation(model, layers, importance, data, loss=loss, shown=progress)
     plans = [plan_at(1 - float(density)) for density in _DENSITIES]
     names = {owner.parameter_name: layer.name for layer in layers for owner in layer.owners}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import prunewise as pw
 from prunewise.layers.allocators import (
     Total,
+    _highest,
     alpha_pruning,
     by_capacity,
     by_score,
@@ -238,3 +239,18 @@ def test_by_capacity_scale_zeros_and_masses() -> None:
     assert by_capacity(dead, {**masses, "c": 9.0}, total)["c"] == 0
     with pytest.raises(pw.NonFiniteError):
         by_capacity({"a": torch.tensor([1.0, math.nan])}, {"a": 1.0}, Total({"a": (2,)}, 0.5))
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0]), min_size=1, max_size=8),
+        min_size=1,
+        max_size=4,
+    ),
+    st.data(),
+)
+def test_the_number_that_is_so_many_from_the_top(lists: list[list[float]], data: st.DataObject) -> None:
+    arrays = [np.sort(np.array(values)) for values in lists]
+    everything = np.sort(np.concatenate(arrays))[::-1]
+    number = data.draw(st.integers(1, len(everything)))
+    assert _highest(arrays, number) == everything[number - 1]

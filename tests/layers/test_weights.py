@@ -57,6 +57,9 @@ def test_choice_of_layers() -> None:
     assert [layer.name for layer in find_layers(model, include="[01]", exclude="1")] == ["0"]
     assert [layer.name for layer in find_layers(model, include=lambda layer: layer.name == "3")] == ["3"]
     assert [layer.name for layer in find_layers(Tied(), exclude="b")] == ["head"]  # "a" is the same weight
+    shared = nn.ModuleDict({"a": model[0], "b": model[0], "c": model[1]})
+    assert [layer.name for layer in find_layers(shared, include="b")] == ["a"]
+    assert [layer.name for layer in find_layers(shared, exclude="b")] == ["c"]
     with pytest.raises(pw.PlanError, match="no layer matches 'layer9'; there are layers like: 0"):
         find_layers(model, exclude="layer9")
     with pytest.raises(pw.NoPrunableGroupError):

@@ -211,7 +211,7 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
             elif id(parameter) not in seen and parameter.numel():
                 seen.add(id(parameter))
                 layers.append(_layer(owner, parameter, tuple(owners[id(parameter)])))
-    wanted = _chosen(layers, include, exclude)
+    wanted = _chosen(model, layers, include, exclude)
     for layer in wanted:
         if not layer.columns:
             raise PlanError(
@@ -250,19 +250,22 @@ def _layer(owner: Owner, parameter: nn.Parameter, owners: tuple[Owner, ...]) -> 
     return Layer(owner.layer_name, module, owner.tensor, owners, groups, rows, columns)
 
 
-def _chosen(layers: Sequence[Layer], include: Choice, exclude: Choice) -> list[Layer]:
+def _chosen(model: nn.Module, layers: Sequence[Layer], include: Choice, exclude: Choice) -> list[Layer]:
+    paths: dict[nn.Module, list[str]] = {}  # a module may stand in several places
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+
+    def names(layer: Layer) -> list[str]:
+        return [owner._replace(path=path).layer_name for owner in layer.owners for path in paths[owner.module]]
+
     def unknown(pattern: str) -> str:
-        paths = sorted({path for layer in layers for path in _paths(layer)})
-        near = get_close_matches(pattern, paths, 3, 0.3) or paths[:6]
+        known = sorted({name for layer in layers for name in names(layer)})
+        near = get_close_matches(pattern, known, 3, 0.3) or known[:6]
         return f"no layer matches {pattern!r}; there are layers like: {', '.join(near) or 'none'}"
 
-    wanted = matcher(layers, include, True, _paths, unknown)
-    unwanted = matcher(layers, exclude, False, _paths, unknown)
+    wanted = matcher(layers, include, True, names, unknown)
+    unwanted = matcher(layers, exclude, False, names, unknown)
     return [layer for layer in layers if wanted(layer) and not unwanted(layer)]
-
-
-def _paths(layer: Layer) -> list[str]:
-    return [owner.layer_name for owner in layer.owners]
 
 
 def check_finite(layers: Sequence[Layer]) -> None:
