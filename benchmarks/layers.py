@@ -221,14 +221,18 @@ def scores(model: nn.Module, images: Images) -> tuple[float, float]:
 
 def render(found: list[records.Record]) -> str:
     """Per network and recovery: the mean over the grid for each allocator, and the default's gain over it."""
-    bases = {(r["dataset"], r["model"], r["images"]): r for r in found if r["kind"] == "run"}
+    runs = {r["run"]: r for r in found if r["kind"] == "run"}
     cells = [r for r in found if r["kind"] == "cell"]
     texts, every = [], []
-    by = records.grouped(cells, lambda r: (r["dataset"], r["model"], r["images"], r["recover"], r["tune_images"]))
-    for (dataset, model, images, recover, tuned), members in by.items():
+
+    def table_of(cell: records.Record) -> tuple[Any, ...]:
+        dense = runs[cell["run"]]["base_accuracy"]  # two dense networks of one architecture are two tables
+        return cell["dataset"], cell["model"], cell["images"], dense, cell["recover"], cell["tune_images"]
+
+    for (dataset, model, images, _, recover, tuned), members in records.grouped(cells, table_of).items():
         grid = whole(members)
         every.append(grid)
-        base = bases[dataset, model, images]
+        base = runs[members[0]["run"]]
         how = {"none": "nothing more", "norm": "batch norm's statistics anew", "tune": f"one pass over {tuned} images"}
         texts.append(
             f"**{model}, {dataset}**, {base['weights']:,} weights, dense {100 * base['base_accuracy']:.2f} %; "
