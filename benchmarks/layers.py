@@ -30,7 +30,8 @@ from training import Settings, Trainer
 import prunewise as pw
 from prunewise.layers import importance as imp
 from prunewise.layers.allocate import allocation
-from prunewise.layers.allocators import Total, among_highest, capacity_costs
+from prunewise.layers.allocators import Total
+from prunewise.layers.ranking import among_highest, capacity_costs
 from prunewise.layers.sparsify import make_permanent_
 from prunewise.layers.weights import find_layers
 

@@ -12,21 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prunewise as pw
-from prunewise.layers.allocators import (
-    Total,
+from prunewise.layers.allocators import Total, alpha_pruning, erk, owl, proportional, uniform
+from prunewise.layers.ranking import (
     _highest,
-    alpha_pruning,
     by_capacity,
     by_score,
     capacity_costs,
-    erk,
     global_magnitude,
     lamp,
     lamp_scores,
-    owl,
-    proportional,
-    uniform,
-)  # fmt: skip
+)
 
 Shape = tuple[int, ...]
 shapes = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8).map(

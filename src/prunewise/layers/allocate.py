@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunewise.core.batch import Loss
 from prunewise.core.errors import PlanError, SparsityError
 from prunewise.core.sparsity import SparsityPlan
-from prunewise.layers import allocators
+from prunewise.layers import allocators, ranking
 from prunewise.layers import importance as imp
 from prunewise.layers.allocators import Total, proportional
 from prunewise.layers.statistics import INPUT, OUTPUT, SQUARES, LayerStatistics, gather
@@ -57,8 +57,8 @@ def allocate(
         model: any module; not changed. On the meta device too, for the importances that look at shapes only.
         sparsity: share of weights to remove over all layers, in [0, 1). At least one weight stays.
         importance: "capacity", the default: the split at which the layers together lose least, by what is left of each layer's
-            energy, how far it moves the model's outputs, and how many directions it has (`allocators.by_capacity`). It
-            needs `data`, without targets, and looks at the first 32 samples. Others by name (`layers.allocators` says how):
+            energy, how far it moves the model's outputs, and how many directions it has (`ranking.by_capacity`). It
+            needs `data`, without targets, and looks at the first 32 samples. Others by name (how: `layers.allocators`, `ranking`):
             - from shapes: "uniform"; "erk"; "params" (every layer as a whole is worth the same);
             - from weights: "lamp", "global_magnitude", "stable_rank", "alpha" (AlphaPruning);
             - from activations (needs `data`, a few hundred samples): "effective_rank" (how many directions of a layer's
@@ -167,10 +167,9 @@ def _capacity(request: _Request) -> Allocator:
     """
     moved = imp.sensitivity(request.model, request.layers, request.data, shown=request.shown)
     costs = {
-        x.name: allocators.capacity_costs(x.weight, math.sqrt(imp.directions(x) * moved[x.name]))
-        for x in request.layers
+        x.name: ranking.capacity_costs(x.weight, math.sqrt(imp.directions(x) * moved[x.name])) for x in request.layers
     }
-    return partial(allocators.among_highest, costs)
+    return partial(ranking.among_highest, costs)
 
 
 def _proportional(importances: Callable[[_Request], dict[str, float]]) -> Callable[[_Request], Allocator]:
@@ -230,12 +229,12 @@ def _alpha(request: _Request) -> Allocator:
 
 
 def _lamp(request: _Request) -> Allocator:
-    scores = {x.name: allocators.lamp_scores(x.weight) for x in request.layers}
-    return partial(allocators.among_highest, allocators.ascending(scores))
+    scores = {x.name: ranking.lamp_scores(x.weight) for x in request.layers}
+    return partial(ranking.among_highest, ranking.ascending(scores))
 
 
 def _global_magnitude(request: _Request) -> Allocator:
-    return partial(allocators.among_highest, allocators.ascending({x.name: x.weight.abs() for x in request.layers}))
+    return partial(ranking.among_highest, ranking.ascending({x.name: x.weight.abs() for x in request.layers}))
 
 
 _FROM_SHAPES = frozenset({"uniform", "erk", "params"})
