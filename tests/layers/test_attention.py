@@ -252,3 +252,65 @@ def test_an_output_projection_that_is_called_counts_once() -> None:
 
     found = gather(model := Twice(), find_layers(model), [torch.randn(3, 4, 6)], [SQUARES], what="a test")
     assert found["attention.out_proj"].rows == 24
+
+
+class TiedToLinear(nn.Module):
+    """The output projection's weight is a linear layer's as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 6)
+        self.attention.out_proj.weight = self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.attention(x, x, x)[0])
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_output_projection_tied_to_a_linear_layer(masked: bool) -> None:
+    model, x = TiedToLinear().double().eval(), torch.randn(3, 4, 6).double()
+    if masked:
+        pw.sparsify_(model, pw.allocate(model, 0.3, "uniform"))
+    found = gather(model, find_layers(model), [x], [SQUARES], what="a test")["attention.out_proj"]
+    with torch.no_grad():
+        into = [heads_joined(model.attention, x, x, x) if not masked else None, model.attention(x, x, x)[0]]
+    assert (found.calls, found.rows) == (2, 24)
+    if not masked:
+        torch.testing.assert_close(found.squares[0], sum(t.reshape(-1, 6).square().sum(0) for t in into))
+
+
+def test_an_output_projection_that_a_subclass_reads() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return nn.functional.linear(input=x, weight=self.out_proj.weight)
+
+    model, x = Own(4, 2), torch.randn(5, 4)
+    (layer,) = find_layers(model, include="out_proj")
+    torch.testing.assert_close(
+        gather(model, [layer], [x], [SQUARES], what="a test")["out_proj"].squares[0], x.double().square().sum(0)
+    )
+    with pytest.raises(pw.DataError, match="never called 'in_proj_weight'"):
+        gather(model, find_layers(model), [x], [SQUARES], what="a test")
+
+
+@pytest.mark.parametrize("how", ["plan", "gates"])
+def test_channels_go_after_masks_were_put_on(how: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(6, 16), layer, nn.Linear(16, 2)), torch.randn(2, 5, 6)
+    pw.sparsify_(model, pw.allocate(model, 0.5, "uniform"))
+    budget = pw.Budget(params=0.6)
+    if how == "plan":
+        small = pw.apply_plan(model, pw.plan_channels(model, x, budget=budget), x)
+    else:
+        gates = pw.attach_gates(model, x, budget=budget, total_steps=1)
+        gates.harden()
+        small = gates.finish()
+    assert isinstance(small[1].self_attn, nn.MultiheadAttention)
+    with torch.no_grad():
+        out = small.eval()(torch.cat([x, x]))  # another batch size
+    pw.make_permanent_(small)
+    assert not any("_mask" in name for name in small.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(small(torch.cat([x, x])), out, rtol=1e-4, atol=1e-5)

@@ -79,6 +79,29 @@ def test_settings_beside_the_samples_do_not_count_as_samples() -> None:
     assert list(plan.keep.values()) == list(pw.allocate(net(), 0.5, data=[X], progress=False).keep.values())
 
 
+def test_batches_that_are_objects_are_refused() -> None:
+    @dataclass
+    class Batch:
+        x: Tensor
+        y: Tensor
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch.x), batch.y)
+
+    for importance in ("fisher", "taylor"):
+        with pytest.raises(pw.DataError, match="holds no tensor"):
+            pw.allocate(net(), 0.5, importance, [Batch(X, Y)], loss=loss, progress=False)
+
+
+def test_tables_beside_the_samples_do_not_count_as_samples() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[-1])
+
+    layers = find_layers(model := net())
+    tables = [(X, torch.zeros(9), torch.zeros(9), Y)]
+    assert imp.fisher_mass(model, layers, tables, loss=loss) == imp.fisher_mass(model, layers, [(X, Y)], loss=loss)
+
+
 def test_a_criterion_is_a_loss() -> None:
     model, layers = net(), find_layers(net())
     layers = find_layers(model)

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -155,9 +156,10 @@ def test_a_tie_of_any_name_has_the_mask_and_loses_it() -> None:
     model(torch.randn(3, 8))
     assert torch.equal(model[1].kernel, encoder.weight) and int((encoder.weight != 0).sum()) == 8
     prune.custom_from_mask(encoder, "bias", torch.ones(8))
+    model.append(prune.l1_unstructured(nn.LayerNorm(8), "weight", amount=2))
     pw.make_permanent_(model)
     assert model[1].kernel is encoder.weight and int((encoder.weight != 0).sum()) == 8
-    assert "bias_mask" in dict(encoder.named_buffers())  # biases do not count
+    assert [n for n, _ in model.named_buffers()] == ["0.bias_mask", "2.weight_mask"]  # biases and norms do not count
 
 
 def test_masks_that_cannot_be_gone_on_from() -> None:
@@ -169,7 +171,10 @@ def test_masks_that_cannot_be_gone_on_from() -> None:
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     prune.custom_from_mask(tied[1], "weight", torch.eye(4))
+    listed = nn.Sequential(nn.Linear(4, 4), nn.ParameterList())
+    listed[1].append(listed[0].weight)
     for model, message in (
+        (listed, "'0' shares its weight with '1.0', where no mask can stand"),
         (soft, "'0' has values other than 0 and 1"),
         (own, "'0' has a weight_mask of its own"),
         (tied, "'0' and '1' share a weight, with different masks"),
@@ -199,6 +204,7 @@ def test_plans_of_other_types() -> None:
     ):
         with pytest.raises(pw.PlanError, match=message):
             pw.sparsify_(net(), plan)  # type: ignore[arg-type]
+    assert counts(pw.sparsify_(net(), pw.SparsityPlan({"0": np.int64(9)}, {"0": (6, 2, 3, 3)})))["0"] == 9
 
 
 def test_masks_of_biases_and_of_shared_modules_are_attached() -> None:

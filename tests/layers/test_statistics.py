@@ -219,6 +219,37 @@ def test_what_forward_writes_is_put_back() -> None:
     assert model.seen == 0 and model.last is None
 
 
+class Buffers(nn.Module):
+    """Writes into buffers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scripted = nn.Linear(3, 3), torch.jit.script(nn.ReLU())
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("shared", self.mean)
+        self.register_buffer("expanded", torch.full((1,), torch.nan).expand(4))
+        self.register_buffer("grows", torch.zeros(0), persistent=False)
+        self.register_buffer("none", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.scripted(self.linear(x))
+        self.mean.mul_(0.9).add_(out.mean(0))
+        assert self.shared is self.mean
+        self.grows.resize_(5)
+        self.none = out
+        return out
+
+
+@pytest.mark.parametrize("importance", ["capacity", "taylor", "owl", "loss_increase"])
+def test_buffers_of_every_kind_are_put_back(importance: str) -> None:
+    model = Buffers()
+    before = dict(model._buffers)
+    pw.allocate(model, 0.5, importance, [(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))], progress=False)
+    assert all(model._buffers[name] is buffer for name, buffer in before.items())
+    assert not model.mean.any() and not model.mean.requires_grad and not len(model.grows)
+    copy.deepcopy(model)
+
+
 def test_torchs_own_transformer_calls_its_layers() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     found = gather(model, find_layers(model), [torch.randn(2, 3, 8)], [INPUT], what="a test")

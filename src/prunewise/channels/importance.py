@@ -37,7 +37,11 @@ def magnitude(
     Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with
     equal weight.
     """
-    tensors = under_masks(_tensors(model), dict(model.named_buffers())) if isinstance(model, nn.Module) else model
+    tensors = (
+        under_masks(_tensors(model), dict(model.named_buffers(remove_duplicate=False)))
+        if isinstance(model, nn.Module)
+        else model
+    )
     scores = {}
     for group in groups:
         total = np.zeros(group.size)
@@ -63,7 +67,7 @@ def bn_scale(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Scor
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
         for name in ("weight", "weight_orig")
     }
-    tensors = under_masks(_tensors(model), dict(model.named_buffers()))
+    tensors = _acting(model)
     scores = {}
     for group in groups:
         found = [m for m in group.members if m.name in norms and m.name in tensors]
@@ -118,9 +122,9 @@ def taylor(
     batches, value = 0, loss_of(loss)
     with differentiable(model, watched):
         for batch in data:
-            moved = gradients(value(model, batch), watched)
+            slopes = gradients(value(model, batch), watched)
             batches += 1
-            found = {n: (g, p.detach()) for n, g, p in zip(names, moved, watched, strict=True) if g is not None}
+            found = {n: (g, p.detach()) for n, g, p in zip(names, slopes, watched, strict=True) if g is not None}
             for group in groups:
                 scores[group.name] += _first_order(group, found) ** 2
             for branch in branches:
@@ -190,6 +194,10 @@ def in_order_of(masses: Scores, ranks: Scores, size: int, power: float = 0.5) ->
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _acting(model: nn.Module) -> dict[str, Tensor]:
+    return under_masks(_tensors(model), dict(model.named_buffers(remove_duplicate=False)))
 
 
 def under_masks(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -380,7 +380,7 @@ class GateSession:
 
     def _magnitudes(self) -> dict[str, Scores]:
         """L1 of the filters of every unit, as the weights are now."""
-        weights = under_masks(self._weights, dict(self.model.named_buffers()))
+        weights = under_masks(self._weights, dict(self.model.named_buffers(remove_duplicate=False)))
         return magnitude(weights, self.control.limits.groups)
 
     def _attach(self) -> None:

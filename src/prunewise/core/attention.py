@@ -12,6 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+
+
+def apply_masks(module: nn.Module) -> None:
+    """Make a module's weights under masks of torch.nn.utils.prune anew, as its hooks do before every call of it."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(module, ())
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
@@ -20,6 +28,9 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
     @staticmethod
     def adopt(module: nn.MultiheadAttention) -> None:
         """Turn `module`, whose tensors have been sliced, into this class. Does nothing where the original can hold them."""
+        with torch.no_grad():  # what is under a mask was made of tensors that have been sliced since
+            apply_masks(module)
+            apply_masks(module.out_proj)
         width = module.out_proj.weight.shape[1]
         into = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
         if into.shape[1] == width == module.num_heads * module.head_dim:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunewise.core.errors import DataError
 from prunewise.core.trace import Inputs, as_call
-from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
+from prunewise.core.untouched import untouched
 
 Loss = Callable[[nn.Module, Any], Tensor] | nn.Module
 
@@ -143,9 +143,7 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
     try:
         for p in parameters:
             p.requires_grad_(True)
-        with (
-            torch.inference_mode(False), torch.enable_grad(), evaluating(model), attributes_kept(model), buffers_kept(model),
-        ):  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad(), untouched(model):
             yield
     finally:
         for p, need in zip(parameters, needed, strict=True):

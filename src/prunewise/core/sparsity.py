@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from prunewise.core.checks import check_plan
@@ -102,7 +103,8 @@ class SparsityPlan(Mapping[str, float]):
                 raise PlanError(
                     f"the weight of {name!r} has shape {tuple(shapes[name])}, and in the plan {tuple(shape)}"
                 )
-            if type(self.keep.get(name)) is not int or not 0 <= self.keep[name] <= math.prod(shape):
+            kept: object = self.keep.get(name)
+            if not isinstance(kept, Integral) or not 0 <= int(kept) <= math.prod(shape):
                 raise PlanError(f"the plan keeps {self.keep.get(name)} of the {math.prod(shape)} weights of {name!r}")
         if set(self.keep) != set(self.shapes):
             raise PlanError("the plan names different layers in 'keep' and in 'shapes'")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from prunewise.core.lines import is_users
@@ -52,9 +53,15 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever `forward` writes into buffers, or puts in place of them, is put back."""
-    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = {id(b): (b, b.detach().clone()) for _, held in before for b in held.values() if b is not None}
+    """`forward` writes into copies of the buffers while this is active; afterwards the buffers themselves are back."""
+    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]  # theirs cannot be exchanged
+    values = [(b, b.detach().clone()) for m in scripted for b in m.buffers(recurse=False)]
+    before = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    copies: dict[int, Tensor] = {}
+    for buffers, held in before:
+        for name, buffer in held.items():
+            if buffer is not None and not is_lazy(buffer):
+                buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
     try:
         yield
     finally:
@@ -62,9 +69,15 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             buffers.clear()
             buffers.update(held)
         with torch.no_grad():
-            for buffer, value in values.values():
-                if buffer.layout != torch.strided or not (buffer.is_meta or torch.equal(buffer, value)):
-                    buffer.copy_(value)
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode while active; afterwards modes, buffers and whatever `forward` stored on modules are as they were."""
+    with evaluating(model), attributes_kept(model), buffers_kept(model):
+        yield
 
 
 def _note_contents(value: Any, contents: dict[int, tuple[Any, Any]], depth: int = 4) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
-from prunewise.layers.weights import PROJECTIONS, Layer
+from prunewise.core.attention import apply_masks
+from prunewise.layers.weights import PROJECTIONS, Layer, masked_tensors
 
 _ATTEND = nn.functional.multi_head_attention_forward
 _CALL = inspect.signature(nn.MultiheadAttention.forward)
@@ -45,7 +45,7 @@ def projected_outputs(layer: Layer, inputs: list[Tensor]) -> Tensor:
     return torch.cat([y[:, :shortest] for y in made], -1)
 
 
-class Joined(TorchFunctionMode):
+class WatchOutputProjections(TorchFunctionMode):
     """While active, hands on what the `out_proj` of attentions multiply, and what they make of it."""
 
     def __init__(self, watched: Mapping[nn.Module, Callable[[Tensor, Tensor], None]]) -> None:
@@ -58,11 +58,12 @@ class Joined(TorchFunctionMode):
         Ours, which has lost heads, hands them to `linear` itself, as does who calls the module.
         """
         kwargs = kwargs or {}
-        if func is nn.functional.linear and len(args) == 3:
-            output = func(*args)
-            take = self._of(args[1])
+        if func is nn.functional.linear:
+            output = func(*args, **kwargs)
+            inputs, weight = _operands(*args, **kwargs)
+            take = self._of(weight)
             if take is not None:
-                take(args[0], output)
+                take(inputs, output)
             return output
         if func is not _ATTEND:
             return func(*args, **kwargs)
@@ -82,6 +83,11 @@ class Joined(TorchFunctionMode):
         return next((take for module, take in self._watched.items() if module.weight is weight), None)
 
 
+def _operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which of the arguments of `linear` is which."""
+    return input, weight
+
+
 def _samples_first(values: Tensor, batch_first: bool = False) -> Tensor:
     """(positions, N, C), or with `batch_first` (N, positions, C), or (positions, C) of one sample, as (N, positions, C)."""
     if values.dim() == 2:
@@ -92,8 +98,12 @@ def _samples_first(values: Tensor, batch_first: bool = False) -> Tensor:
 def keep_in_force_(model: nn.Module) -> None:
     """See to it that masks on `out_proj` are put on its weight before every call of its attention, as those elsewhere are."""
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and "weight_mask" in module.out_proj._buffers:
-            release_(module)
+        if (
+            not isinstance(module, nn.MultiheadAttention)
+            or _mask_output_projection in module._forward_pre_hooks.values()
+        ):
+            continue
+        if masked_tensors(module.out_proj):
             module.register_forward_pre_hook(_mask_output_projection)
 
 
@@ -106,7 +116,4 @@ def release_(module: nn.Module) -> None:
 
 def _mask_output_projection(module: nn.Module, args: Any) -> None:
     """What torch.nn.utils.prune's own hook on out_proj would do, were it called; nothing where the mask is gone."""
-    projection: Any = module.out_proj
-    for hook in projection._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            hook(projection, args)
+    apply_masks(module.out_proj)  # type: ignore[arg-type]

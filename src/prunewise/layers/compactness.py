@@ -19,7 +19,7 @@ from prunewise._progress import progress as show_progress
 from prunewise.core.batch import Loss
 from prunewise.core.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from prunewise.core.sparsity import SparsityPlan
-from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
+from prunewise.core.untouched import untouched
 from prunewise.layers.masks import with_weights
 from prunewise.layers.methods import Method
 from prunewise.layers.profile import Compactness, LayerCompactness
@@ -194,11 +194,8 @@ class _Search:
             layer = self._layers[name]
             weight = layer.weight if updated is None else updated
             exchanged.append((layer, torch.where(mask, weight, torch.zeros_like(weight))))
-        model = self._model
-        with (
-            torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model), with_weights(exchanged),
-        ):  # fmt: skip
-            value = self._evaluate(model, self._loader)
+        with torch.no_grad(), untouched(self._model), with_weights(exchanged):
+            value = self._evaluate(self._model, self._loader)
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError):

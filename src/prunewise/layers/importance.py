@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunewise.core.batch import Loss, differentiable, gradients, loss_of, mapped, run
 from prunewise.core.errors import DataError, NonFiniteError
 from prunewise.core.trace import tensors_of
-from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
+from prunewise.core.untouched import untouched
 from prunewise.layers.masks import top, with_weights
 from prunewise.layers.statistics import batches
 from prunewise.layers.weights import Layer
@@ -350,7 +350,7 @@ def loss_increase(
     kept = [layer.weight * top(layer.weight.abs(), layer.size - round(layer.size * removed)) for layer in layers]
     base, rises, samples = 0.0, [0.0] * len(layers), 0
     value, what = loss_of(loss), "importance 'loss_increase'"
-    with torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model):
+    with torch.no_grad(), untouched(model):
         for batch in batches(model, data, what, shown):
             size = _samples_in(batch)
             if not size:
@@ -389,11 +389,12 @@ def _check_used(layers: Sequence[Layer], used: Sequence[bool], which: str, what:
 
 
 def _samples_in(batch: Any) -> int:
-    """How many samples a batch has: the first dimension that most of its tensors have; the longer one of two as frequent."""
-    sizes = [len(t) for t in tensors_of(batch) if t.dim()]
+    """How many samples a batch has: the first dimension that most of its tensors have; of two as frequent the first, if not 1."""
+    sizes: list[int] = []
+    mapped(batch, lambda tensor: sizes.extend(tensor.shape[:1]))
     if not sizes:
         raise DataError("a batch holds no tensor with samples along its first dimension: give batches of tensors")
-    return max(sizes, key=lambda size: (sizes.count(size), size))
+    return max(sizes, key=lambda size: (sizes.count(size), size != 1))
 
 
 def _split(batch: Any) -> Iterable[Any]:

@@ -165,7 +165,8 @@ def n_of_m(weight: Tensor, keep: int, *, layer: Layer, alive: Tensor | None = No
     Source: Mishra et al. 2021, arXiv 2104.08378.
 
     Raises:
-        MethodError: the input channels are no multiple of m, or the plan asks for another count.
+        MethodError: the input channels are no multiple of m, the plan asks for another count, or fewer than n of some m are left
+            under a mask in force.
     """
     values = weight.abs() if alive is None else weight.abs().masked_fill(~alive, -1)
     values = values.movedim(layer.input_dim, -1)
@@ -182,6 +183,11 @@ def n_of_m(weight: Tensor, keep: int, *, layer: Layer, alive: Tensor | None = No
         )
     grouped = values.reshape(-1, m)
     order = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    if bool((grouped.gather(1, order[:, :n]) < 0).any()):
+        raise MethodError(
+            f"{n}:{m} cannot go on from the mask in force on {layer.name!r}: call make_permanent_ first, or start from the dense "
+            "model"
+        )
     keep_mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order[:, :n], True)
     return keep_mask.reshape(values.shape).movedim(-1, layer.input_dim)
 

@@ -18,9 +18,9 @@ from prunewise.core.sparsity import SparsityPlan
 from prunewise.layers import importance as imp
 from prunewise.layers.attention import keep_in_force_, release_
 from prunewise.layers.masks import put_mask_, top
-from prunewise.layers.methods import Method, asked_by, find_method, n_of_m
+from prunewise.layers.methods import Method, asked_by, find_method
 from prunewise.layers.statistics import HESSIAN, SQUARES, gather
-from prunewise.layers.weights import WEIGHTS, Layer, check_finite, find_layers, masked_tensors
+from prunewise.layers.weights import Layer, check_finite, counted, find_layers, masked_tensors
 
 # Hessians gathered in one pass over the data take no more than this (or one layer's, if that is larger).
 _HESSIAN_BYTES = 1 << 30
@@ -41,9 +41,9 @@ def sparsify_(
     Masks are left as torch.nn.utils.prune leaves them (`weight_orig`, `weight_mask`, and a hook that multiplies them before
     every forward pass), so that removed weights stay zero while the model is trained further, whatever the
     optimizer's momentum or weight decay; an optimizer made before goes on with the same parameters. `make_permanent_` takes
-    the masks off. A weight that the model's code reads without calling its module keeps the values it has now; in
-    nn.MultiheadAttention it does not. A tied weight has the same mask wherever it is used. A layer with a mask in force can
-    lose more weights, and gets none back.
+    the masks off. A weight that the model's code reads without calling its module keeps the values it has now; in an
+    nn.MultiheadAttention that is a part of `model` it does not. A tied weight has the same mask wherever it is used. A layer
+    with a mask in force can lose more weights, and gets none back.
 
     Args:
         model: changed in place; where something is wrong, not at all.
@@ -112,6 +112,11 @@ def _check_masks(layer: Layer) -> None:
     """What is in force on a layer can be gone on from: a mask of 0 and 1, the same for all modules that share the weight."""
     for owner in layer.owners:
         mask = owner.keep_mask
+        if isinstance(owner.module, (nn.ParameterList, nn.ParameterDict)):
+            raise PlanError(
+                f"{layer.name!r} shares its weight with {owner.layer_name!r}, where no mask can stand since it is never called: "
+                f"exclude {layer.name!r}"
+            )
         if mask is None and hasattr(owner.module, f"{owner.tensor}_mask"):
             raise PlanError(
                 f"{owner.layer_name!r} has a {owner.tensor}_mask of its own, which a mask would replace: exclude it"
@@ -144,18 +149,17 @@ class Masks:
     ) -> None:
         self.name, self._method = find_method(method)
         self._model, self._layers, self._data, self._seed = model, layers, data, seed
-        asked = asked_by(self._method)
+        self._asked = asked_by(self._method)
         what = f"method {self.name!r}"
-        self._asked = asked
         self._given: dict[str, dict[str, Any]] = {layer.name: {} for layer in layers}
-        if "input_norms" in asked:
+        if "input_norms" in self._asked:
             found = gather(model, layers, data, (SQUARES,), what=what, shown=shown)
             for layer in layers:
                 squares = found[layer.name].squares
                 assert squares is not None
                 norms = squares.sqrt().unsqueeze(1).expand(-1, layer.rows, -1)
                 self._given[layer.name]["input_norms"] = layer.from_matrix(norms)
-        if "gradient" in asked:
+        if "gradient" in self._asked:
             gradients = imp.mean_gradients(model, layers, data, loss=loss, what=what, shown=shown)
             for layer in layers:
                 self._given[layer.name]["gradient"] = gradients[layer.name]
@@ -241,8 +245,7 @@ class Masks:
 
     def _within(self, layer: Layer, mask: Tensor, alive: Tensor, updated: Tensor | None, keep: int) -> Tensor:
         """A mask that takes back no weight that is gone: those it wanted make room for others, the largest first."""
-        inner = self._method.func if isinstance(self._method, functools.partial) else self._method
-        if updated is not None or inner is n_of_m:
+        if updated is not None:
             raise MethodError(
                 f"method {self.name!r} cannot go on from the mask in force on {layer.name!r}: call make_permanent_ first, or start "
                 "from the dense model"
@@ -295,7 +298,7 @@ def make_permanent_(model: nn.Module) -> nn.Module:
     """
     masked = [(module, tensor) for module in model.modules() for tensor in masked_tensors(module)]
     # A weight that counts may be tied to a tensor of any name.
-    weights = {id(module._parameters[f"{tensor}_orig"]) for module, tensor in masked if tensor in WEIGHTS}
+    weights = {id(module._parameters[f"{tensor}_orig"]) for module, tensor in masked if tensor in counted(module)}
     for module, tensor in masked:
         if id(module._parameters[f"{tensor}_orig"]) in weights:
             prune.remove(module, tensor)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from prunewise._progress import progress
 from prunewise.core.batch import run
 from prunewise.core.errors import DataError, NonFiniteError
-from prunewise.core.untouched import attributes_kept, buffers_kept, evaluating
-from prunewise.layers.attention import Joined, projected_inputs, projected_outputs
+from prunewise.core.untouched import untouched
+from prunewise.layers.attention import WatchOutputProjections, projected_inputs, projected_outputs
 from prunewise.layers.patches import channels_of, patches_of, squares_of
-from prunewise.layers.weights import PROJECTIONS, TRANSPOSED, Layer, counted
+from prunewise.layers.weights import PROJECTIONS, TRANSPOSED, Layer, counted, is_masked
 
 INPUT, OUTPUT, SQUARES, HESSIAN = "input", "output", "squares", "hessian"
 
@@ -98,25 +98,30 @@ class LayerStatistics:
         if not all(x.numel() for x in inputs):  # an expert to which no token was sent
             return
         self.calls += 1
-        order = [id(x) for x in inputs]
-        distinct = dict(zip(order, inputs, strict=True))
+        distinct = {id(x): x for x in inputs}
         shape = outputs().shape if isinstance(layer.module, TRANSPOSED) else ()
+
+        def of_each(sums: Callable[[Tensor], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+            found = {key: sums(x) for key, x in distinct.items()}
+            return torch.cat([found[id(x)][0] for x in inputs]), found[id(inputs[0])][1]
+
+        def products(x: Tensor) -> tuple[Tensor, int]:
+            rows = patches_of(layer, x, shape).to(torch.float64)
+            return rows.transpose(1, 2) @ rows, rows.shape[1]
+
         if INPUT in wanted:
             for x in distinct.values():
                 self.input.add(channels_of(layer.module, x, POSITIONS))
         if OUTPUT in wanted:
             self.output.add(channels_of(layer.module, outputs(), POSITIONS))
+        rows = 0
         if SQUARES in wanted:
-            found = {i: squares_of(layer, x, shape) for i, x in distinct.items()}
-            self.rows += found[order[0]][1]
-            squares = torch.cat([found[i][0] for i in order])
+            squares, rows = of_each(lambda x: squares_of(layer, x, shape))
             self.squares = squares if self.squares is None else self.squares.add_(squares)
         if HESSIAN in wanted:
-            rows = {i: patches_of(layer, x, shape).to(torch.float64) for i, x in distinct.items()}
-            self.rows += 0 if SQUARES in wanted else rows[order[0]].shape[1]
-            products = {i: x.transpose(1, 2) @ x for i, x in rows.items()}
-            hessian = torch.cat([products[i] for i in order])
+            hessian, rows = of_each(products)
             self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
+        self.rows += rows
 
     def finite(self) -> bool:
         """True where no sum is NaN or infinite."""
@@ -152,10 +157,8 @@ def gather(
     """
     found = {layer.name: LayerStatistics() for layer in layers}
     count = 0
-    with (
-        torch.no_grad(), evaluating(model), attributes_kept(model), buffers_kept(model), _unfused(), _eager(), ExitStack() as hooks,
-    ):  # fmt: skip
-        joined: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
+    with torch.no_grad(), untouched(model), _unfused(), _eager(), ExitStack() as hooks:
+        watched: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
         output_projections = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         for layer in layers:
             for owner in layer.owners:
@@ -165,15 +168,16 @@ def gather(
                 own = layer.at(owner)
                 take = partial(found[layer.name].add, own, wanted=wanted)
                 if module in output_projections:
-                    joined[module] = _taking(take)
+                    watched[module] = _taking(take)
                 elif owner.tensor in PROJECTIONS:
                     handle = module.register_forward_pre_hook(_before_attention(own, take), with_kwargs=True)
                     hooks.callback(handle.remove)
-                else:
+                elif is_masked(module, owner.tensor) or not output_projections & {o.module for o in layer.owners}:
                     handle = module.register_forward_hook(_after(take), with_kwargs=True)
                     hooks.callback(handle.remove)
-        if joined:
-            hooks.enter_context(Joined(joined))
+                # A linear layer that is tied to an output projection is seen where that is.
+        if watched:
+            hooks.enter_context(WatchOutputProjections(watched))
         for batch in batches(model, data, what, shown):
             run(model, batch)
             count += 1

@@ -23,7 +23,6 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # What nn.MultiheadAttention makes queries, keys and values with: all three of one weight, or one each.
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-WEIGHTS = ("weight", *PROJECTIONS)
 
 
 class Owner(NamedTuple):
