@@ -98,12 +98,8 @@ def _samples_first(values: Tensor, batch_first: bool = False) -> Tensor:
 def keep_in_force_(model: nn.Module) -> None:
     """See to it that masks on `out_proj` are put on its weight before every call of its attention, as those elsewhere are."""
     for module in model.modules():
-        if (
-            not isinstance(module, nn.MultiheadAttention)
-            or _mask_output_projection in module._forward_pre_hooks.values()
-        ):
-            continue
-        if masked_tensors(module.out_proj):
+        release_(module)
+        if isinstance(module, nn.MultiheadAttention) and masked_tensors(module.out_proj):
             module.register_forward_pre_hook(_mask_output_projection)
 
 

@@ -156,7 +156,6 @@ def gather(
         NonFiniteError: activations are NaN or infinite; names the first layer.
     """
     found = {layer.name: LayerStatistics() for layer in layers}
-    count = 0
     with torch.no_grad(), untouched(model), _unfused(), _eager(), ExitStack() as hooks:
         watched: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
         output_projections = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
@@ -180,7 +179,6 @@ def gather(
             hooks.enter_context(WatchOutputProjections(watched))
         for batch in batches(model, data, what, shown):
             run(model, batch)
-            count += 1
     for layer in layers:
         statistics = found[layer.name]
         if not statistics.calls:
