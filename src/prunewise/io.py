@@ -28,6 +28,7 @@ from prunewise._files import (
     write_json,
 )
 from prunewise.core import inputs as _inputs
+from prunewise.core.checks import built_by
 from prunewise.core.errors import (
     AlreadyGatedError,
     CheckpointError,
@@ -167,9 +168,7 @@ def load_pruned(
         raise CheckpointError(f"{folder / PLAN_FILE}: {error}") from error
     with _weights_file(folder, weights["sha256"]) as file:
         saved = TensorFile(file, str(folder / WEIGHTS_FILE))
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise CheckpointError(f"the factory returned a {type(model).__name__}: it should build the original model")
+        model = built_by(factory, "original")
         small = _rebuilt(folder, model, plan, weights, saved, example_inputs)
         _fill(small, weights, saved)
     _set_modes(small, weights)

@@ -38,11 +38,11 @@ from prunewise.channels.importance import magnitude
 from prunewise.channels.oneshot import limits_for, make_plan, plan_channels
 from prunewise.core.batch import Loss, inputs_of, moved
 from prunewise.core.cost import measure
-from prunewise.core.errors import AlreadyGatedError, PlanError
+from prunewise.core.errors import PlanError
 from prunewise.core.groups import Choice
 from prunewise.core.plan import ChannelPlan, fingerprint
 from prunewise.core.sparsity import SparsityPlan
-from prunewise.core.surgery import Surgeon, apply_plan, is_gated
+from prunewise.core.surgery import Surgeon, apply_plan, require_ungated
 from prunewise.core.trace import Inputs
 from prunewise.layers.allocate import Importance as LayerImportance
 from prunewise.layers.allocate import allocation
@@ -142,7 +142,8 @@ def compress(
     Args:
         model: a trained network, on the device where it is to train.
         train_loader: a DataLoader, or any iterable with a length that can be iterated once an epoch.
-        budget: what the small network may cost on the example inputs.
+        budget: what the small network may cost on the example inputs (absolute counts: of a whole batch, where these are the
+            first batch's).
         epochs: of training, the closing of the gates included.
         val_loader: for the metric; without it there is none.
         loss: a criterion (a module, called with outputs and targets), or a callable of (model, batch); default:
@@ -181,8 +182,7 @@ def compress(
         >>> compress(model, batches, budget=Budget(macs=0.5), epochs=2, progress=False).model[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
+    require_ungated(model)
     check_settings(train_loader, epochs, seed, checkpoint_every)
     require_callable("loss", loss, "of (model, batch), or a criterion")
     require_callable("metric", metric, "of (model, val_loader)")
@@ -302,8 +302,7 @@ def allocate_channels(
         >>> plan.cost_after["macs"] <= 56
         True
     """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    require_ungated(model)
     surgeon = Surgeon.of(model, example_inputs)
     costs, trace = surgeon.costs, surgeon.grouping.structure.trace
     limits = limits_for(model, costs, budget, include, exclude, min_keep, round_to, example_inputs)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunewise._files import TensorFile, opened, parse_json, require_plain, stage_tensors
+from prunewise.core.checks import built_by
 from prunewise.core.errors import CheckpointError
 from prunewise.layers.attention import keep_in_force_
 from prunewise.layers.masks import put_mask_
@@ -168,9 +169,7 @@ def load_sparse(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     with opened(path) as file:
         saved = TensorFile(file, str(path))
         described = _checked(saved, path)
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise CheckpointError(f"the factory returned a {type(model).__name__}: it should build the dense model")
+        model = built_by(factory, "dense")
         _require_fit(saved, described, model, path)  # before any memory is taken for what the file claims
         parts = saved.read(None)
     decoded = [(entry, *_decoded(entry, number, parts, path)) for number, entry in enumerate(described)]

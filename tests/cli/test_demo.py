@@ -20,6 +20,12 @@ def test_demo_halves_the_macs_and_the_small_model_equals_the_gated_one(tmp_path,
         assert (tmp_path / name).is_file()
 
 
+def test_a_folder_that_cannot_be_is_told_before_any_training(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+
+
 def test_a_difference_between_the_models_is_reported():
     import torch
 

@@ -16,6 +16,15 @@ def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
 
+def strange():
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        def forward(self, x):
+            return self.scale(self.second(self.first(x) * 2))
+    return Strange()
+
 def data():
     return [(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))]
 
@@ -89,10 +98,41 @@ def test_no_verb_is_bad_usage(capsys):
         (["cost", "--model", "my_project:model", "--input", "1,x"], "expected sizes above 0"),
         (["cost", "--model", "my_project:model", "--input", "1,0"], "expected sizes above 0"),
         (["cost", "--model", "my_project:model", "--input", "1,3:floot"], "no dtype 'floot'"),
+        (
+            ["cost", "--model", "my_project:model", "--input", "1,3,8,8:int4"],
+            "no tensors of int4 itself; take float32, ",
+        ),
+        (["cost", "--model", "my_project:model", "--input", "1,3,8,8:quint8"], "no tensors of quint8 itself"),
+        (["cost", "--inptu", "1,3", "--model", "m:f"], "cost: error: unknown option --inptu; did you mean '--input'?"),
+        (["cost", "--modle=m:f"], "did you mean '--model'?"),
+        (["cost", *MODEL, "stray"], "prunewise cost: error: unrecognized arguments: stray"),
         (["cost", "--config", "absent.toml"], "absent.toml"),
         (["prune", *MODEL], "no budget"),
         (["prune", *MODEL, "--macs", "0.5"], "--method gates trains and needs --data"),
-        (["prune", *MODEL, "--macs", "half"], "--macs"),
+        (["prune", *MODEL, "--macs", "half"], "argument --macs: 'half' is no number"),
+        (["prune", *MODEL, "--macs", "1.5"], "argument --macs: 1.5 is neither a share"),
+        (["prune", *MODEL, "--params", "0"], "argument --params: 0 is neither a share"),
+        (
+            ["prune", *MODEL, "--macs", "0.5", "--min-keep", "0"],
+            "argument --min-keep: 0 is no whole number of at least 1",
+        ),
+        (["prune", *MODEL, "--macs", "0.5", "--epochs", "2.5"], "argument --epochs: 2.5 is no whole number"),
+        (
+            ["prune", *MODEL, "--macs", "0.5", "--method", "magnitude", "--out", "my_project.py"],
+            "is a file, expected a folder",
+        ),
+        (
+            ["prune", *MODEL, "--macs", "0.5", "--method", "magnitude", "--out", "my_project.py/x"],
+            "my_project.py is a file",
+        ),
+        (["demo", "--macs", "0"], "argument --macs: 0 is no share in (0, 1]"),
+        (["allocate", "--model", "m:f", "--sparsity", "1.5"], "argument --sparsity: 1.5 is no share in [0, 1)"),
+        (
+            ["allocate", "--model", "m:f", "--sparsity", "0.5", "--floor", "nan"],
+            "argument --floor: nan is no share in [0, 1]",
+        ),
+        (["allocate", "--model", "m:f", "--sparsity", "0.5", "--importance", "lmap"], "'lmap'; did you mean 'lamp'?"),
+        (["allocate", "--model", "m:f", "--sparsity", "0.5"], "--importance capacity needs data: give --data"),
         (["prune", *MODEL, "--macs", "0.5", "--method", "magnitude", "--drop-blocks"], "go with --method gates"),
     ],
 )
@@ -167,7 +207,8 @@ def test_config_serves_all_verbs(tmp_path, parsed):
         ("config = 'x'", "unknown key 'config'"),
         ("json = 1", "expected true or false"),
         ("model = ['a', 'b']", "expected a string or a number"),
-        ("epochs = 'many'", "invalid int value: 'many'"),
+        ("epochs = 'many'", "'many' is no number"),
+        ("macs = 1.5", "1.5 is neither a share"),
         ("method = 'guess'", "invalid choice: 'guess'"),
         ("macs = ", "not a TOML file"),
     ],
@@ -191,6 +232,15 @@ def test_cost_as_table_on_inputs_from_the_data(project, capsys):
     captured = capsys.readouterr()
     assert f"{2 * MACS:,}" in captured.out  # the batch holds two images
     assert captured.err == ""
+
+
+def test_cost_by_layer_is_in_the_order_of_the_model(project, capsys):
+    arguments = ["cost", "--model", "my_project:strange", "--input", "1,4", "--by-layer"]
+    assert main([*arguments, "--json"]) == 0
+    names = [layer["name"] for layer in json.loads(capsys.readouterr().out)["by_layer"]]
+    assert names == ["", "first", "second", "scale"]
+    assert main(arguments) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["first", "second", "scale"]
 
 
 def test_list_names_groups_and_what_pins_them(project, capsys):
@@ -226,6 +276,8 @@ def test_allocate_prints_and_saves_a_plan_of_the_exact_total(project, capsys):
     plan = SparsityPlan.from_dict(json.loads(capsys.readouterr().out))
     assert plan.kept == (8 * 27 + 4 * 72) // 2
     assert SparsityPlan.from_dict(json.loads((project / "plans/half.json").read_text())) == plan
+    assert main([*arguments, "--out", "half.json"]) == 0
+    assert "SparsityPlan.from_dict(json.load(open('half.json')))" in capsys.readouterr().out.splitlines()[-1]
     assert main(arguments) == 0
     assert "50.0 %" in capsys.readouterr().out.splitlines()[-1]
     assert main([*arguments, "--exclude", "0", "--include", "3"]) == 0
@@ -236,9 +288,29 @@ def test_allocate_with_data_and_what_it_refuses(project, capsys):
     arguments = ["allocate", "--model", "my_project:small", "--sparsity", "0.5", "--importance", "owl"]
     assert main([*arguments, "--data", "my_project:pair", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"]["importance"] == "owl"
-    assert main(arguments) == 1
-    assert "needs data" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "needs data: give --data" in capsys.readouterr().err
     assert main(["allocate", "--model", "my_project:small"]) == 2
+
+
+def test_importances_are_those_of_the_library(project):
+    import torch
+    from torch import nn
+
+    import prunewise as pw
+    from prunewise.cli.allocate import IMPORTANCES
+    from prunewise.core.errors import DataError
+    from prunewise.layers.allocate import _OURS, _PUBLISHED
+
+    assert IMPORTANCES.keys() == _OURS.keys() | _PUBLISHED.keys()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12))
+    for name, needs_data in IMPORTANCES.items():
+        if needs_data:
+            with pytest.raises(DataError, match="needs data"):
+                pw.allocate(model, 0.5, name)
+        else:
+            pw.allocate(model, 0.5, name)
 
 
 def test_prune_by_gates_logs_to_stderr_and_goes_on_from_its_checkpoint(project, capsys):
@@ -248,11 +320,47 @@ def test_prune_by_gates_logs_to_stderr_and_goes_on_from_its_checkpoint(project, 
     captured = capsys.readouterr()
     assert json.loads(captured.out)["after"]["macs"] <= 0.6 * json.loads(captured.out)["before"]["macs"]
     assert captured.err.startswith("epoch 1/2")
-    with pytest.warns(UserWarning, match="started from other weights"):  # the factory's are random
-        assert main(arguments) == 0
+    assert main(arguments) == 0
     again = capsys.readouterr()
     assert again.out == captured.out
-    assert again.err.startswith("resumed")
+    lines = again.err.splitlines()
+    warning = next(line for line in lines if "started from other weights" in line)  # the factory's are random
+    assert warning.startswith("prunewise: warning: run holds a run that ")
+    assert any(line.startswith("resumed") for line in lines)
+
+
+def test_prune_by_gates_shows_what_it_measured(project, capsys):
+    import torch
+
+    torch.manual_seed(0)  # of the factories' weights and batches
+    arguments = ["prune", "--model", "my_project:small", "--data", "my_project:pair", "--macs", "0.6", "--epochs", "2"]
+    assert main([*arguments, "--json"]) == 0
+    metric = json.loads(capsys.readouterr().out)["metric"]
+    assert metric.keys() == {"name", "original", "gated", "small"}
+    assert metric["name"] == "accuracy" and metric["gated"] == metric["small"]
+    torch.manual_seed(0)
+    assert main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(line for line in lines if line[:1] == ["accuracy"] and len(line) == 4)
+    assert row[1:3] == [f"{metric['original']:.4f}", f"{metric['small']:.4f}"]
+    assert ["accuracy", "under", "gates,", "before", "the", "cut:", row[2]] in lines
+    assert main(["prune", *MODEL, "--macs", "0.5", "--method", "magnitude", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metric"] is None
+
+
+def test_warnings_of_others_are_as_they_were(project, monkeypatch, capsys):
+    import warnings
+
+    def warn(args):
+        warnings.warn_explicit("from elsewhere", UserWarning, "/elsewhere/module.py", 3)
+        for line in (1, 2):
+            warnings.warn_explicit("of ours", UserWarning, VERBS["cost"].__file__, line)
+
+    monkeypatch.setattr(VERBS["cost"], "run", warn)
+    with pytest.warns(UserWarning, match="from elsewhere") as caught:
+        assert main(["cost", "--model", "a:b"]) == 0
+    assert len(caught) == 1
+    assert capsys.readouterr().err == "prunewise: warning: of ours\n"
 
 
 def test_prune_drops_blocks_and_shrinks_while_it_trains(project, capsys, monkeypatch):

@@ -89,6 +89,14 @@ def test_scores_of_nothing_observed(project, capsys):
     assert json.loads(capsys.readouterr().out)["mean_learnability"] is None
 
 
+def test_a_warning_is_one_line_and_comes_once(project, capsys):
+    margins = np.random.default_rng(0).normal(0, 0.1, 400).clip(-0.9, 0.9)  # of a training that learned nothing
+    scores_of((1 + margins) / 2, margins=margins).to_parquet("little.parquet")
+    assert main(["report", "little.parquet"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prunewise: warning: wrong labels cannot be told from hard samples: ")
+
+
 def test_damaged_files_and_other_labels_exit_1(project, tmp_path, capsys):
     scores_of(SHARE, margins=np.full(N, np.nan)).to_parquet("nan.parquet")
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "scores.parquet").read_bytes()[:-9])
@@ -111,7 +119,7 @@ def test_bad_usage_exits_2(project, tmp_path, capsys):
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     for arguments, message in [
         ([], "SCORES"),
-        (["scores.parquet", "--suspects", "-1"], "--suspects -1: expected a count"),
+        (["scores.parquet", "--suspects", "-1"], "argument --suspects: -1 is no whole number"),
         (["scores.parquet", "--targets", "absent.npy"], "absent.npy: cannot be read"),
         (["scores.parquet", "--targets", "objects.npy"], "objects.npy: cannot be read"),
         (["scores.parquet", "--targets", "many.npy"], "archive of several arrays"),

@@ -65,8 +65,8 @@ def test_saved_and_shown(capsys):
         (["--lr", "0"], 2, "--lr 0.0: expected a number above 0"),
         (["--out", "my_samples.py/scores.parquet"], 2, "--out my_samples.py/scores.parquet: "),
         (["--out", "."], 2, "--out .: a folder"),
-        (["--suspects", "-1"], 2, "--suspects -1"),
-        (["--epochs", "0"], 1, "epochs=0"),
+        (["--suspects", "-1"], 2, "argument --suspects: -1 is no whole number"),
+        (["--epochs", "0"], 2, "argument --epochs: 0 is no"),
     ],
 )
 def test_bad_usage(capsys, arguments, code, message):

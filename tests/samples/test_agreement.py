@@ -69,9 +69,16 @@ def test_intervals_hold_the_value_and_shrink_with_more_samples() -> None:
 
 
 def test_a_ranking_that_is_noise_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="mostly noise"):
+    with pytest.warns(UserWarning, match="mostly noise") as caught:
         found = pw.agreement(runs(5.0), bootstrap=30)
+    assert caught[0].filename == __file__
     assert set(found.noisy) == {(0, 1), (0, 2), (1, 2)}
+    lowest = min((0, 1), (0, 2), (1, 2), key=lambda pair: found.spearman[pair])
+    assert f"{found.spearman_intervals[lowest]} (runs {lowest[0]}, {lowest[1]}), 3 of 3 pairs noisy" in repr(found)
+    assert repr(found).startswith(
+        f"Agreement of 3 runs on {found.samples:,} samples by 'learnability': lowest Spearman "
+    )
+    assert str(found) == repr(found) and len(repr(found)) < 200
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pw.agreement(runs(0.01), bootstrap=30)

@@ -177,7 +177,7 @@ BAD: list[tuple[Any, str]] = [
     ((torch.tensor([0, -1]), Z[:2], Y[:2]), "sample id -1 is not in"),
     ((IDS[:3], Z[:2], Y[:2]), "sample ids for the logits of 2"),
     ((IDS[:2].float(), Z[:2], Y[:2]), "ids are whole numbers"),
-    ((3, Z[:1], Y[:1]), "the sample ids are a int"),
+    ((3, Z[:1], Y[:1]), "the sample ids are an int"),
     ((IDS[:2], Z[:2], torch.tensor([0, 5])), "do not fit 5 classes"),
     ((IDS[:2], Z[:2], torch.tensor([0, -1])), "do not fit 5 classes"),
     ((IDS[:2], Z[:2], Y[:3]), "first dimension"),

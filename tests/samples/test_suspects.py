@@ -54,6 +54,27 @@ def test_worst_first_with_what_is_known_of_them() -> None:
     assert pw.suspects(s, np.arange(7) * 2, limit=1).sample_id.tolist() == ["d"]
     assert pw.suspects(s, np.arange(7) * 2, limit=1).estimated_count == 3
     assert len(pw.suspects(s, np.arange(7) * 2, threshold=0.9)) == 1
+    summary = "Suspects: 3 of 7 samples, score above 0.000, estimated_count=3, worst first: 'd', 'b', 'g'"
+    assert repr(found) == str(found) == summary
+    assert repr(pw.suspects(s, np.arange(7) * 2, threshold=1.0)).endswith("estimated_count=0")
+    assert repr(pw.suspects(s, np.arange(7) * 2, threshold=-1.0)).endswith("worst first: 'd', 'b', 'g', …")
+    assert found == found and found != pw.suspects(s, np.arange(7) * 2), "arrays are not compared"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pw.suspects,
+        pw.triage,
+        lambda s, labels: pw.SampleSelector().fit(s, labels),
+        lambda s, labels: pw.gallery(s, labels, "suspect", targets=labels),
+    ],
+    ids=["suspects", "triage", "selector", "gallery"],
+)
+def test_a_warning_names_the_line_of_the_caller(call: Any) -> None:
+    with pytest.warns(UserWarning, match="cannot be told from hard samples") as caught:
+        call(unsure(4000, 0.1)[0], np.zeros(4000, np.int64))
+    assert caught[0].filename == __file__
 
 
 def test_ids_of_others_cannot_break_the_table() -> None:
@@ -137,6 +158,7 @@ def test_a_model_that_learned_little_suspects_few_and_says_so(share: float) -> N
     with pytest.warns(UserWarning, match="cannot be told from hard samples: this training got 45% of its labels right"):
         found = pw.suspects(s, np.zeros(4000))
     assert not found.separable and found.estimated_count == len(found) < 0.2 * 4000
+    assert ", not separable" in repr(found)
     other = s.confidence - s.aum_softmax
     np.testing.assert_allclose(found.all_scores, (other - s.confidence) / (other + s.confidence))
     assert (found.all_scores[found.number] > 2 / 3).all() and found.threshold == 2 / 3
@@ -298,6 +320,8 @@ def test_triage_by_hand() -> None:
     groups = pw.triage(s, np.zeros(6), ambiguous=0.4)
     assert groups.group.tolist() == ["redundant", "easy", "hard", "suspect", "ambiguous", "unseen"]
     assert groups.counts() == dict.fromkeys(GROUPS, 1)
+    summary = "Triage of 6 samples: 1 easy, 1 ambiguous, 1 hard, 1 suspect, 1 redundant, 1 unseen"
+    assert repr(groups) == str(groups) == summary
 
 
 @pytest.mark.parametrize("strategy", ["difficulty", "coverage", "random"])
@@ -326,6 +350,11 @@ def test_subsets_without_some(strategy: str) -> None:
     assert len(pw.select_subset(s, 0.9, strategy=strategy, without=out)) == 17, "all that are left"
     alone = pw.select_subset(s, 0.5, strategy=strategy, without=np.arange(1, 20))
     assert alone.tolist() == [0]
+    found = pw.suspects(s, np.zeros(20))
+    chosen = pw.select_subset(s, 0.5, strategy=strategy, without=found)
+    assert len(found) and chosen.tolist() == pw.select_subset(s, 0.5, strategy=strategy, without=found.number).tolist()
+    with pytest.raises(pw.DataError, match="suspects among 20 samples, and the scores are of 19"):
+        pw.select_subset(s.take(np.arange(19)), 0.5, strategy=strategy, without=found)
 
 
 def test_coverage_drops_the_hardest_and_covers_the_rest_evenly() -> None:

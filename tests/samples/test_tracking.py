@@ -337,11 +337,12 @@ def test_attributes_of_the_wrapped_data_set() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pw.track(3), "int is no data set"),
+        (lambda: pw.track(3), "^an int is no data set"),
         (lambda: pw.track("abc"), "str is no data set"),
         (lambda: pw.track(Forms), "Forms is a class"),
         (lambda: pw.track({"a": 1}), "dict is no data set"),
         (lambda: pw.track(pw.track([1, 2])), "tracked already"),
+        (lambda: pw.track(DataLoader([1, 2])), "track the data set, then make the loader of it"),
         (lambda: pw.track([1, 2], ids=["a"]), "1 ids for 2 samples"),
         (lambda: pw.track([1, 2], ids=["a", "a"]), "'a' stands twice, at 0 and 1"),
         (lambda: pw.track([1, 2], ids=[5, "a"]), "mixed"),

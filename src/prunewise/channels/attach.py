@@ -12,9 +12,9 @@ from prunewise.channels.descent import DescentControl
 from prunewise.channels.gate import Gates, Shaping, constant
 from prunewise.channels.oneshot import limits_for
 from prunewise.channels.session import GateSession
-from prunewise.core.errors import AlreadyGatedError, BudgetError, PlanError
+from prunewise.core.errors import BudgetError, PlanError
 from prunewise.core.groups import Choice
-from prunewise.core.surgery import Surgeon, is_gated, require_unshared
+from prunewise.core.surgery import Surgeon, require_ungated, require_unshared
 from prunewise.core.trace import Inputs
 
 
@@ -46,7 +46,7 @@ def attach_gates(
     Args:
         model: the network, on the device where it trains.
         example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-        budget: what the small network may cost; met exactly, never exceeded.
+        budget: what the small network may cost: never exceeded, and met as nearly as whole channels can.
         total_steps: how many times `step()` will be called.
         include, exclude: names, shell patterns or a callable that select channel groups.
         min_keep: no group keeps fewer units.
@@ -63,8 +63,8 @@ def attach_gates(
             then needs the optimizer, whose state is sliced along.
 
     Returns:
-        The session: add `gates.penalty()` to the loss, call `gates.step()` after `optimizer.step()`, and
-        `gates.finish()` at the end.
+        The session: call `gates.step()` after every `optimizer.step()`, and `gates.finish()` at the end. `gates.penalty()`,
+        added to the loss, shows what the gates still owe.
 
     Raises:
         BudgetError: the budget cannot be met, whatever is learnt; says what the floor is and what pins it.
@@ -86,8 +86,7 @@ def attach_gates(
         >>> gates.finish()[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model already: finish() or detach() that session first")
+    require_ungated(model)
     _check_settings(total_steps, shrink_every, control, drop_blocks)
     surgeon = Surgeon.of(model, example_inputs, blocks=drop_blocks)
     limits = limits_for(

@@ -18,12 +18,12 @@ _KINDS = ("macs", "params", "activation_bytes", "latency_ms")
 _MILLISECONDS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """Upper limits of a network's cost; at least one. A float in (0, 1] is a fraction of the original, an int a count.
 
     Attributes:
-        macs: multiply-adds of one forward pass on the example inputs.
+        macs: multiply-adds of one forward pass on the example inputs, all samples of the batch together.
         params: parameters.
         activation_bytes: bytes that the forward pass writes.
         latency_ms: milliseconds of one forward pass on the example inputs (their batch size counts), as predicted from
@@ -64,6 +64,10 @@ class Budget:
                 raise BudgetError(f"{name}={value} should be a positive count, or a fraction in (0, 1] (float)")
         if self.latency_ms is None and (self.device is not None or self.latency_model is not None):
             raise BudgetError("device= and latency_model= are for latency: give latency_ms= as well")
+
+    def __repr__(self) -> str:
+        device = {} if self.device is None else {"device": str(self.device)}
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in (self.given() | device).items())})"
 
     def given(self) -> dict[str, float | int | str]:
         """The limits that are set, as written."""

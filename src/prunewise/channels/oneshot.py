@@ -16,11 +16,11 @@ from prunewise.channels.choose import Limits, Scores, choose_units
 from prunewise.channels.dropping import droppable
 from prunewise.channels.latency import LatencyModel
 from prunewise.core.cost import CostModel
-from prunewise.core.errors import AlreadyGatedError, NonFiniteError, NoPrunableGroupError, PlanError
+from prunewise.core.errors import BudgetError, NonFiniteError, NoPrunableGroupError, PlanError
 from prunewise.core.groups import Choice, select
 from prunewise.core.inputs import describe
 from prunewise.core.plan import ChannelPlan, fingerprint
-from prunewise.core.surgery import Surgeon, is_gated
+from prunewise.core.surgery import Surgeon, require_ungated
 from prunewise.core.trace import Inputs
 
 Allocation = Literal["uniform", "level", "global"]
@@ -77,8 +77,7 @@ def plan_channels(
         >>> len(plan.keep["0"]), plan.cost_after["macs"]
         (4, 24)
     """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    require_ungated(model)
     if allocation is None:
         allocation = "global" if importance in ("taylor", "hybrid") else "uniform"
     if allocation not in get_args(Allocation):
@@ -114,6 +113,8 @@ def limits_for(
     drop_blocks: bool = False,
 ) -> Limits:
     """The limits of a choice, checked to be reachable. A latency budget needs the example inputs, to measure on."""
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget={budget!r} should be a Budget, for example Budget(macs=0.5)")
     if min_keep < 1 or round_to < 1:
         raise PlanError(f"min_keep={min_keep} and round_to={round_to} should be at least 1")
     groups = select(costs.grouping.groups, include, exclude)

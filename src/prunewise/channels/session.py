@@ -76,10 +76,10 @@ class GateSession:
         return iter([*self._gates.values, *self._gates.blocks])
 
     def penalty(self) -> Tensor:
-        """λ · (cost / full cost − target), summed over the budget's kinds: what the gates still owe.
+        """How far the cost of the gated network lies above what it may be at this step, as a share of the full cost.
 
-        A scalar for the loss; its gradient with respect to the gates is applied by `step()`, exactly and not
-        through the optimizer, so its value informs (0 once the budget is met).
+        A scalar without gradient, ≥ 0, summed over the budget's kinds; 0 once the budget is met. In the loss it shows what the
+        gates still owe. It steers nothing: what the budget asks of the gates is done by `step()`, exactly.
         """
         if self.control.frozen:
             return self._gates.values[0].new_zeros(())
@@ -242,10 +242,19 @@ class GateSession:
     def harden(self) -> ChannelPlan:
         """Freeze the gates where they meet the budget, and return the plan.
 
-        Closes what is still too much (if training stopped early, say); the cost never exceeds the budget.
+        Closes what is still too much, with a warning (if training stopped early, say); the cost never exceeds the budget.
         """
+        return self._harden()
+
+    def _harden(self) -> ChannelPlan:
         self._require_attached()
-        if not self.control.limits.met({name: len(kept) for name, kept in self.control.keep.items()}):
+        control = self.control
+        if not control.limits.met({name: len(kept) for name, kept in control.keep.items()}):
+            warnings.warn(
+                f"the gates are hardened after {control.step} of total_steps={control.total_steps} steps, above the budget: what "
+                "is too much is closed at once",
+                stacklevel=3,
+            )
             self.control.keep = self.control.choose()
         self.control.frozen = True
         self._show(self.control.keep)
@@ -269,7 +278,7 @@ class GateSession:
         Raises:
             VerificationError: the small network differs; the model is whole again all the same.
         """
-        plan = self.harden()
+        plan = self._harden()
         keep = self.control.keep
         source = self.model if model is None else model
         if model is not None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prunewise.cli.options import add_model_options, make_folder
+from prunewise.cli.options import UsageError, add_model_options, make_folder, nearest, share
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 HELP = "the sparsity of each layer that one total calls for, as a plan"
+
+# The library's own, by name, as they are here before torch is: which of them need data.
+IMPORTANCES = {
+    "capacity": True, "effective_rank": True, "rate": True, "stable_rank": False, "params": False, "taylor": True, "fisher": True,
+    "loss_increase": True, "uniform": False, "erk": False, "lamp": False, "global_magnitude": False, "owl": True, "alpha": False,
+}  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_model_options(parser, traced=False)
     parser.add_argument(
-        "--sparsity", metavar="SHARE", type=float, required=True, help="share of weights to remove, as 0.9"
+        "--sparsity", metavar="SHARE", type=share(one=False), required=True, help="share of weights to remove, as 0.9"
     )
     parser.add_argument(
         "--importance",
+        type=_importance,
         default="capacity",
         help="what a layer's share goes by: erk, lamp, global_magnitude, owl, alpha, taylor, … (%(default)s)",
     )
-    parser.add_argument("--floor", metavar="DENSITY", type=float, help="least share of a layer's weights to keep")
+    parser.add_argument("--floor", metavar="DENSITY", type=share(), help="least share of a layer's weights to keep")
     layers = "layers by name or pattern; repeatable"
     parser.add_argument("--include", metavar="PATTERN", action="append", help=f"only these {layers}")
     parser.add_argument("--exclude", metavar="PATTERN", action="append", help=f"leave alone these {layers}")
@@ -31,6 +38,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Allocate, save and print."""
+    if IMPORTANCES[args.importance] and not args.data:
+        others = ", ".join(name for name, needs_data in IMPORTANCES.items() if not needs_data)
+        raise UsageError(
+            f"--importance {args.importance} needs data: give --data, a loader of a few hundred samples, or an importance that "
+            f"needs none ({others})"
+        )
+
     import prunewise as pw
     from prunewise._files import write_json
     from prunewise.cli.loading import load_data, load_model
@@ -58,5 +72,12 @@ def run(args: argparse.Namespace) -> None:
     print_table(f"{args.model}, {args.importance}", ["layer", "weights", "kept", "share"], rows)
     if args.out is not None:
         print_line(
-            f"saved in {args.out}; read it with SparsityPlan.from_dict, put it in force with prunewise.sparsify_"
+            f"saved in {args.out}; read it with prunewise.SparsityPlan.from_dict(json.load(open({str(args.out)!r}))), put it in "
+            "force with prunewise.sparsify_(model, plan)"
         )
+
+
+def _importance(name: str) -> str:
+    if name not in IMPORTANCES:
+        raise argparse.ArgumentTypeError(f"unknown importance {name!r}; {nearest(name, IMPORTANCES)}")
+    return name

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
     loader = load_data(args.data)[0] if args.data else None
     cost = pw.measure(model, example_inputs(model, args.input, loader))
     totals = {"macs": cost.macs, "params": cost.params, "activation_bytes": cost.activation_bytes}
-    layers = cost.by_layer() if args.by_layer else []
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    layers = sorted(cost.by_layer(), key=lambda layer: order.get(layer.name, len(order))) if args.by_layer else []
     if args.json:
         by_layer = {"by_layer": [dataclasses.asdict(layer) for layer in layers]} if args.by_layer else {}
         print_json({"model": args.model, **totals, **by_layer})

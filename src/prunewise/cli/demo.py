@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import UsageError
+from prunewise.cli.options import UsageError, count, require_folder, share
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -28,14 +28,17 @@ log = logging.getLogger(__name__)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--macs", type=float, default=0.5, help="share of the MACs to keep (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of each of the two trainings (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)")
+    parser.add_argument("--macs", type=share(zero=False), default=0.5, help="share of the MACs to keep (%(default)s)")
+    parser.add_argument("--epochs", type=count(1), default=12, help="epochs of each of the two trainings (%(default)s)")
+    parser.add_argument(
+        "--seed", type=count(0), default=0, help="of the split, the weights and the batches (%(default)s)"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, gate, cut, check, save, load, time, print."""
+    require_folder(args.out)
     try:
         import sklearn  # noqa: F401
     except ImportError:

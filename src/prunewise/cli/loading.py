@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from prunewise.cli.options import UsageError, nearest
 from prunewise.core.batch import inputs_of, moved
 
+_DTYPES = "float32, float64, float16, bfloat16, complex64, int64, int32, int16, int8, uint8, bool and the like"
+
 
 def load_factory(spec: str, option: str) -> Callable[[], Any]:
     """The callable that `spec`, a `module:factory`, names; the working directory is searched first."""
@@ -94,7 +96,7 @@ def _random_input(text: str, generator: torch.Generator) -> Tensor:
     shape_text, _, dtype_name = text.partition(":")
     dtype = getattr(torch, dtype_name or "float32", None)
     if not isinstance(dtype, torch.dtype):
-        raise UsageError(f"--input {text}: torch has no dtype {dtype_name!r}; int64 and float32 are usual")
+        raise UsageError(f"--input {text}: torch has no dtype {dtype_name!r}; there are {_DTYPES}")
     try:
         shape = [int(size) for size in shape_text.split(",")]
     except ValueError:
@@ -102,5 +104,10 @@ def _random_input(text: str, generator: torch.Generator) -> Tensor:
     if not shape or min(shape) < 1:
         raise UsageError(f"--input {text}: expected sizes above 0 separated by commas, as in 1,3,224,224")
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)  # valid as token ids and as a mask
+        values = torch.randn(shape, generator=generator)
+    else:
+        values = torch.randint(0, 2, shape, generator=generator)  # valid as token ids and as a mask
+    try:
+        return values.to(dtype)
+    except (NotImplementedError, RuntimeError):  # dtypes of less than a byte, and quantized ones
+        raise UsageError(f"--input {text}: torch makes no tensors of {dtype_name} itself; take {_DTYPES}") from None

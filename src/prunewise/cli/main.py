@@ -15,8 +15,8 @@ from typing import Protocol
 
 from prunewise.cli import allocate, cost, demo, list_, prune, report, score
 from prunewise.cli.config import config_arguments
-from prunewise.cli.options import UsageError, add_common_options
-from prunewise.cli.output import print_error, print_line
+from prunewise.cli.options import UsageError, add_common_options, nearest
+from prunewise.cli.output import plain_warnings, print_error, print_line
 
 
 class Verb(Protocol):
@@ -69,16 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, verb_parsers = build_parsers()
     try:
         if arguments and arguments[0] in VERBS:
+            _require_known_options(arguments[1:], verb_parsers[arguments[0]])
             # The file's settings come first, so what is typed on the command line wins.
             arguments[1:1] = config_arguments(arguments[1:], verb_parsers[arguments[0]], verb_parsers.values())
-        args = parser.parse_args(arguments)
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            verb_parsers.get(args.verb, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
         if args.version:
             print_line(version_line())
             return 0
         if args.verb is None:
             parser.print_help(sys.stderr)
             return 2
-        VERBS[args.verb].run(args)
+        with plain_warnings():
+            VERBS[args.verb].run(args)
         sys.stdout.flush()
     except UsageError as error:
         print_error(str(error))
@@ -99,6 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return 1
     return 0
+
+
+def _require_known_options(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Stop at a misspelt option; argparse would complain of the missing one first, and under the usage of no verb."""
+    known = parser._option_string_actions
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if argument == "--":
+            return
+        if name.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
+            options = [option for option in known if option.startswith("--")]
+            parser.error(f"unknown option {name}; {nearest(name, options)}")
 
 
 def version_line() -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 def print_line(text: str = "") -> None:
@@ -15,6 +21,32 @@ def print_line(text: str = "") -> None:
 def print_error(text: str) -> None:
     """One line on stderr."""
     print(f"prunewise: error: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While the block runs, a warning of prunewise is one line on stderr, and comes once; others are as they were."""
+    seen: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        # What prunewise warns of names the line that called it: here, one of a verb.
+        if not issubclass(category, UserWarning) or _PACKAGE not in Path(filename).parents:
+            as_before(message, category, filename, lineno, file, line)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            print(f"prunewise: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        as_before = warnings.showwarning
+        warnings.showwarning = show
+        yield
 
 
 def print_json(result: object) -> None:

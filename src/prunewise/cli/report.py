@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import UsageError, add_suspects_option, make_folder
+from prunewise.cli.options import add_suspects_option, make_folder
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, summarise, save and print."""
-    if args.suspects < 0:
-        raise UsageError(f"--suspects {args.suspects}: expected a count")
     if args.out is not None:
         make_folder(args.out)
 

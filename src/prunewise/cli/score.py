@@ -6,7 +6,14 @@ import argparse
 import functools
 from pathlib import Path
 
-from prunewise.cli.options import UsageError, add_checkpoint_option, add_model_options, add_suspects_option, make_folder
+from prunewise.cli.options import (
+    UsageError,
+    add_checkpoint_option,
+    add_model_options,
+    add_suspects_option,
+    count,
+    make_folder,
+)
 from prunewise.cli.output import print_json, print_line
 from prunewise.cli.report import print_summary, summary
 
@@ -16,9 +23,9 @@ HELP = "how learnable the samples of a training are: trains a model and saves th
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_model_options(parser, traced=False)
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of training (%(default)s)")
+    parser.add_argument("--epochs", type=count(1), default=10, help="epochs of training (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD at the start (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
+    parser.add_argument("--seed", type=count(0), default=0, help="of the training (%(default)s)")
     add_checkpoint_option(parser)
     add_suspects_option(parser)
     parser.add_argument(
@@ -30,8 +37,6 @@ def run(args: argparse.Namespace) -> None:
     """Train, save and print."""
     if not args.data:
         raise UsageError("scores come from a training: give --data, a loader over prunewise.track(dataset)")
-    if args.suspects < 0:
-        raise UsageError(f"--suspects {args.suspects}: expected a count")
     if not args.lr > 0:
         raise UsageError(f"--lr {args.lr}: expected a number above 0")
     make_folder(args.out)

@@ -1,11 +1,14 @@
-"""Checks of data that others wrote."""
+"""Checks of what others give."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from prunewise.core.errors import PlanError
+from torch import nn
+
+from prunewise.core.errors import CheckpointError, PlanError
 
 
 def is_count(value: Any, least: int = 0) -> bool:
@@ -16,6 +19,28 @@ def is_count(value: Any, least: int = 0) -> bool:
 def is_number(value: Any) -> bool:
     """True for a finite int or float; truth values are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_module(model: object) -> None:
+    """Raise `PlanError` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"the model should be an nn.Module, and is a {type(model).__name__}")
+
+
+def built_by(factory: Callable[[], nn.Module], what: str) -> nn.Module:
+    """What a factory builds.
+
+    Raises:
+        CheckpointError: it is no factory of modules; `what` names the model to the user.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise CheckpointError(
+            f"the factory is a {type(factory).__name__}: give a function without arguments that builds the {what} model"
+        )
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the factory returned a {type(model).__name__}: it should build the {what} model")
+    return model
 
 
 def check_plan(data: Any, what: str, kind: str, version: int) -> dict[str, Any]:

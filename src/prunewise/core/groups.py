@@ -312,7 +312,7 @@ def select(groups: Sequence[ChannelGroup], include: Choice = None, exclude: Choi
     """
 
     def unknown(pattern: str) -> str:
-        known = ", ".join(sorted({re.sub(r"\d+", "*", g.name) for g in groups if g.prunable})[:12])
+        known = ", ".join(sorted({re.sub(r"(?<=\.)\d+", "*", g.name) for g in groups if g.prunable})[:12])
         return f"no channel group matches {pattern!r}; there are groups like: {known}"
 
     wanted = matcher(groups, include, True, _names, unknown)

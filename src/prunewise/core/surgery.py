@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunewise.core.attention import PrunedMultiheadAttention
 from prunewise.core.blocks import with_branches
 from prunewise.core.branches import Dropped, check_keep, drop, drops_blocks, translate
+from prunewise.core.checks import require_module
 from prunewise.core.config import fit_config, has_config
 from prunewise.core.cost import CostModel
 from prunewise.core.errors import AlreadyGatedError, SharedParameterError, VerificationError
@@ -177,12 +178,18 @@ def apply_plan(model: nn.Module, plan: ChannelPlan, example_inputs: Inputs) -> n
         >>> apply_plan(model, plan, torch.zeros(1, 4))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    if is_gated(model):
-        raise AlreadyGatedError("gates are attached to this model: call gates.finish() or gates.detach() first")
+    require_ungated(model)
     require_unshared(model)
     surgeon = Surgeon.of(model, example_inputs, blocks=plan.drops_blocks)
     plan.check(model, surgeon.grouping.groups, surgeon.grouping.branches)
     return surgeon.cut(model, plan.keep)
+
+
+def require_ungated(model: nn.Module) -> None:
+    """Raise where gates are attached, or where this is no model."""
+    require_module(model)
+    if is_gated(model):
+        raise AlreadyGatedError("gates are attached to this model: call finish() or detach() of their session first")
 
 
 def is_gated(model: nn.Module) -> bool:

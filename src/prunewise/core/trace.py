@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from prunewise.core.checks import require_module
 from prunewise.core.errors import TraceError
 from prunewise.core.lines import line_here, line_of
 from prunewise.core.untouched import (
@@ -284,6 +285,7 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
     Raises:
         TraceError: the forward pass fails on these inputs.
     """
+    require_module(model)
     trace, error = record_partly(model, example_inputs, training=training)
     if error is not None and asks_for_values(error) and not _on_meta(model, example_inputs):
         asks_at = (line_of(error.__cause__) if error.__cause__ else "") or "a line that is not known"

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prunewise.core.errors import PrunewiseError
 from prunewise.core.sparsity import SparsityPlan
 
 
@@ -92,13 +93,13 @@ class Compactness:
             The axes.
 
         Raises:
-            ImportError: no axes were given and matplotlib is not installed (`pip install 'prunewise[plot]'`).
+            PrunewiseError: no axes were given and matplotlib is not installed (`pip install 'prunewise[plot]'`).
         """
         if axes is None:
             try:
                 from matplotlib import pyplot
             except ImportError as error:
-                raise ImportError("plots need matplotlib: pip install 'prunewise[plot]'") from error
+                raise PrunewiseError("plots need matplotlib: pip install 'prunewise[plot]'") from error
             axes = pyplot.subplots(figsize=(max(4.0, 0.35 * len(self.layers)), 3.5), layout="constrained")[1]
         depth = list(range(len(self.layers)))
         largest = max(row.params for row in self.layers)

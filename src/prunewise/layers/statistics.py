@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from prunewise._progress import progress
 from prunewise.core.batch import run
@@ -222,8 +223,13 @@ def batches(model: nn.Module, data: Iterable[Any] | None, what: str, shown: bool
         DataError: there is no data, or no batch in it; or the model is on the meta device.
     """
     if data is None:
+        others = "erk, lamp, ..." if what.startswith("importance") else "magnitude, random, ..."
         raise DataError(
-            f"{what} needs data: give data=, a loader of a few hundred samples, or take one that needs none (erk, lamp, ...)"
+            f"{what} needs data: give data=, a loader of a few hundred samples, or take one that needs none ({others})"
+        )
+    if isinstance(data, (Dataset, Tensor)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"{what} needs batches, and data is a {type(data).__name__}: give a DataLoader, or a list of batches"
         )
     if any(p.is_meta for p in model.parameters()):
         raise DataError(f"{what} runs the model, which is on the meta device: load its weights first")

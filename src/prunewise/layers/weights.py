@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import prune
 
+from prunewise.core.checks import require_module
 from prunewise.core.choice import matcher
 from prunewise.core.errors import NonFiniteError, NoPrunableGroupError, PlanError
 
@@ -191,6 +192,7 @@ def find_layers(model: nn.Module, include: Choice = None, exclude: Choice = None
         >>> [(layer.name, layer.shape) for layer in find_layers(nn.MultiheadAttention(8, 2))]
         [('in_proj_weight', (24, 8)), ('out_proj', (8, 8))]
     """
+    require_module(model)
     owners: dict[int, list[Owner]] = {}
     for path, module in model.named_modules():
         masked = masked_tensors(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import warn_caller
 from prunewise.samples.scores import SampleScores
 
 Floats = npt.NDArray[np.float64]
@@ -55,6 +55,13 @@ class Agreement:
     samples: int
     top: int
     noisy: tuple[tuple[int, int], ...]
+
+    def __repr__(self) -> str:
+        lowest = min(self.spearman_intervals.items(), key=lambda item: item[1].value)
+        return (
+            f"Agreement of {len(self.pearson)} runs on {self.samples:,} samples by {self.by!r}: lowest Spearman {lowest[1]} "
+            f"(runs {lowest[0][0]}, {lowest[0][1]}), {len(self.noisy)} of {len(self.spearman_intervals)} pairs noisy"
+        )
 
     def table(self) -> str:
         """One line a pair, as Markdown."""
@@ -134,10 +141,9 @@ def agreement(
     noisy = tuple(pair for pair, e in intervals[1].items() if not e.low >= _NOISY)
     if noisy:
         pairs = ", ".join(f"{i} and {j} ({intervals[1][i, j]})" for i, j in noisy[:3])
-        warnings.warn(
+        warn_caller(
             f"runs {pairs}: the rank correlation of {by!r} may be below {_NOISY}, so the order of samples is mostly noise: record "
-            "more epochs, average several seeds, or choose another score",
-            stacklevel=2,
+            "more epochs, average several seeds, or choose another score"
         )
     pearson, spearman, overlap = matrices
     return Agreement(pearson, spearman, overlap, intervals[0], intervals[1], intervals[2], by, n, k, noisy)

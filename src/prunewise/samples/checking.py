@@ -1,8 +1,11 @@
-"""What a recorder takes: ids, labels, saved states. Each is looked at before anything is changed."""
+"""What a recorder takes: ids, labels, saved states. Each is looked at before anything is changed. And how to say what is wrong."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ def numbers_of(sample_ids: Any, size: int, index: SampleIndex) -> Tensor:
         else:
             ids = torch.tensor([index.number(i) for i in listed], dtype=torch.int64)
     else:
-        raise DataError(f"the sample ids are a {type(sample_ids).__name__}: give a tensor of shape ({size},)")
+        raise DataError(f"the sample ids are {kind_of(sample_ids)}: give a tensor of shape ({size},)")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DataError(f"the sample ids are {ids.dtype}: ids are whole numbers, as track() puts them into the samples")
     if ids.numel() != size or ids.ndim > 2:
@@ -112,3 +115,22 @@ def require(condition: bool, message: str) -> None:
     """Raise `DataError` with the message where the condition does not hold."""
     if not condition:
         raise DataError(message)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, with its article.
+
+    >>> kind_of(3), kind_of([3])
+    ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that called into `prunewise.samples`, however many of its functions lie between."""
+    level, frame = 1, sys._getframe()
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_globals.get("__name__", "").startswith("prunewise.samples."):
+        level, outer = level + 1, outer.f_back
+    warnings.warn(message, stacklevel=level)

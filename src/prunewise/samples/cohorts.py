@@ -9,6 +9,7 @@ import numpy as np
 
 from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import kind_of
 from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import DIRECTION, Floats, Ints, SampleScores
 from prunewise.samples.selection import GROUPS, Triage
@@ -59,9 +60,7 @@ def cohort_curves(
         ones 2 [0. 0. 0.]
     """
     if not isinstance(recorder, LearnabilityRecorder):
-        raise DataError(
-            f"learning curves need a LearnabilityRecorder made with trace=; got a {type(recorder).__name__}"
-        )
+        raise DataError(f"learning curves need a LearnabilityRecorder made with trace=; got {kind_of(recorder)}")
     hits = recorder.trace()[0]
     scores = recorder.scores()
     length = min(hits.shape[1], int(scores.observations.max()))
@@ -96,7 +95,7 @@ def _members(cohorts: Any, scores: SampleScores, recorder: LearnabilityRecorder,
 
 def _numbers(name: Any, ids: Any, recorder: LearnabilityRecorder) -> Ints:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise DataError(f"cohort {name!r:.80} is a {type(ids).__name__}: give its sample ids, as a list")
+        raise DataError(f"cohort {name!r:.80} is {kind_of(ids)}: give its sample ids, as a list")
     return np.unique(np.asarray([recorder.index.number(i) for i in ids], dtype=np.int64))
 
 

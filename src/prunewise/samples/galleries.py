@@ -16,6 +16,7 @@ import numpy as np
 from prunewise._files import replacing
 from prunewise.core.checks import is_count
 from prunewise.core.errors import CheckpointError, DataError
+from prunewise.samples.checking import kind_of
 from prunewise.samples.lookup import reader
 from prunewise.samples.pictures import new_figure
 from prunewise.samples.scores import Ints, SampleScores
@@ -206,7 +207,7 @@ def gallery(
         r9      0             good   never again
     """
     if not isinstance(scores, SampleScores):
-        raise DataError(f"gallery takes SampleScores, as recorder.scores() gives them; got a {type(scores).__name__}")
+        raise DataError(f"gallery takes SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
     if not is_count(count, 1):
         raise DataError(f"count={count!r} should be an int of at least 1")
     given, proposed = None, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunewise.core.batch import moved
 from prunewise.core.errors import DataError
 from prunewise.core.untouched import evaluating
+from prunewise.samples.checking import kind_of
 from prunewise.samples.tracking import FIELD
 
 LABELS = ("labels", "targets", "label", "target")
@@ -61,7 +62,7 @@ def split_batch(batch: Any) -> tuple[Any, dict[str, Any] | tuple[Any], Any]:
             return batch[FIELD], {k: v for k, v in batch.items() if k not in (FIELD, label)}, batch[label]
     elif isinstance(batch, (tuple, list)) and len(batch) == 3:
         return batch[2], (batch[0],), batch[1]
-    found = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    found = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else kind_of(batch)
     if isinstance(batch, (tuple, list)):
         found += f" of {len(batch)}"
     raise DataError(
@@ -73,5 +74,5 @@ def split_batch(batch: Any) -> tuple[Any, dict[str, Any] | tuple[Any], Any]:
 def _logits(output: Any) -> Tensor:
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(found, Tensor):
-        raise DataError(f"the model returns a {type(output).__name__} without logits: give forward=")
+        raise DataError(f"the model returns {kind_of(output)} without logits: give forward=")
     return found

@@ -116,6 +116,8 @@ class ScoreSampler(Sampler[int]):
 class WeightedSampler(ScoreSampler):
     """Draws samples with replacement, hard ones more often (or easy ones), and says how to weight their losses.
 
+    Call `set_epoch(epoch)` before each epoch: otherwise every epoch is epoch 0, and draws the same samples in the same order.
+
     The chance of a sample is proportional to (1 + share of samples that are easier) to the power `strength`, so that it depends
     on the order of the scores and not on their scale: the hardest sample comes 2^strength times as often as the easiest.
     `weights` are 1 / (N · chance), which keeps the mean loss unbiased.
@@ -187,6 +189,8 @@ class WeightedSampler(ScoreSampler):
 class CurriculumSampler(ScoreSampler):
     """From easy to hard: in each epoch the easiest share of the samples, shuffled; the share grows to all of them.
 
+    Call `set_epoch(epoch)` before each epoch: otherwise every epoch is epoch 0, and the share stays at `start`.
+
     The share in epoch e is min(1, start + (1 − start) · (e / epochs)^power): Bengio et al. 2009 in the form of Platanios et al.
     2019 (arXiv 1903.09848). `order="random"` is the control: shares of the same sizes, of samples in random order. An
     epoch is shorter while the share is below 1: compare at equal steps. Samples are left out on purpose, so `weights` are ones.
@@ -252,6 +256,8 @@ class CurriculumSampler(ScoreSampler):
 
 class InfoBatchSampler(ScoreSampler):
     """Skips some of the samples that are known well, and weights the others up: InfoBatch (Qin et al. 2023, arXiv 2303.04947).
+
+    Call `set_epoch(epoch)` before each epoch: otherwise every epoch is epoch 0, skips the same samples, and none trains on all.
 
     In each epoch a random share `ratio` of the samples with a score easier than the mean is left out, and the losses of those
     easy ones that stay are weighted by 1 / (1 − ratio): the expected sum of the gradients is that of the whole data set. In the

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import kind_of
 from prunewise.samples.ids import SampleIndex, hash_array
 from prunewise.samples.state import (
     AUM,
@@ -230,7 +231,7 @@ _MEANS = {"aum": AUM, "aum_softmax": AUM_SOFTMAX, "confidence": CONFIDENCE, "los
 def require_scores(scores: Any) -> None:
     """Raise `DataError` for anything but SampleScores."""
     if not isinstance(scores, SampleScores):
-        raise DataError(f"expected SampleScores, as recorder.scores() gives them; got a {type(scores).__name__}")
+        raise DataError(f"expected SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
 
 
 def as_labels(targets: Any) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import DataError
 from prunewise.samples.scores import Floats, Ints, SampleScores, require_scores
-from prunewise.samples.suspecting import suspects
+from prunewise.samples.suspecting import Suspects, suspects
 
 GROUPS = ("easy", "ambiguous", "hard", "suspect", "redundant", "unseen")
 STRATEGIES = ("difficulty", "coverage", "random")
@@ -28,6 +28,10 @@ class Triage:
 
     sample_id: npt.NDArray[Any]
     group: npt.NDArray[np.str_]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} {group}" for group, count in self.counts().items() if count)
+        return f"Triage of {len(self.group):,} samples: {counts or 'none'}"
 
     def numbers(self, group: str) -> Ints:
         """The dense numbers of the samples in a group, ascending."""
@@ -92,8 +96,8 @@ def select_subset(
         scores: all N samples observed, but for "random".
         fraction: in (0, 1].
         strategy, by, keep, drop_hardest, strata: see above. Where fewer samples than asked for are left, fewer are dropped.
-        without: numbers of samples that are out of the question, as in `suspects(scores, labels).number`. All others are kept
-            where they are fewer than asked for.
+        without: samples that are out of the question: what `suspects(scores, labels)` found, or their numbers. All others are
+            kept where they are fewer than asked for.
         seed: of the random choice; ties of difficulty are broken by it too.
 
     Raises:
@@ -137,9 +141,17 @@ def select_subset(
 
 def _wanted(without: Any, n: int) -> npt.NDArray[np.bool_]:
     """(N,): which samples may be kept."""
+    if isinstance(without, Suspects):
+        if len(without.all_scores) != n:
+            raise DataError(
+                f"without= are suspects among {len(without.all_scores):,} samples, and the scores are of {n:,}"
+            )
+        without = without.number
     numbers = np.asarray(without)
     if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= n):
-        raise DataError(f"without={str(without)[:80]} should hold numbers of samples, from 0 to {n - 1}")
+        raise DataError(
+            f"without={str(without)[:80]} should hold numbers of samples, from 0 to {n - 1}, or be what suspects() found"
+        )
     wanted = np.ones(n, bool)
     wanted[numbers.astype(np.int64)] = False
     if not wanted.any():

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import kind_of
 from prunewise.samples.scores import Floats, Ints, SampleScores
 from prunewise.samples.selection import select_subset
 from prunewise.samples.suspecting import suspects
@@ -55,7 +56,7 @@ class SampleSelector:
     def fit(self, scores: SampleScores, labels: Any = None) -> SampleSelector:
         """Choose; `DataError` as in `select_subset` and `suspects`."""
         if not isinstance(scores, SampleScores):
-            raise DataError(f"fit takes SampleScores, as recorder.scores() gives them; got a {type(scores).__name__}")
+            raise DataError(f"fit takes SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
         wrong: Ints = np.empty(0, np.int64)
         if labels is not None and self.drop_suspects:
             wrong = np.sort(suspects(scores, labels).number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from prunewise.core.checks import is_number
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import kind_of, warn_caller
 from prunewise.samples.mirroring import FEWEST, Split, mirrored_split
 from prunewise.samples.scores import Floats, Ints, SampleScores
 from prunewise.samples.showing import cell
@@ -49,6 +49,14 @@ class Suspects:
 
     def __len__(self) -> int:
         return len(self.number)
+
+    def __repr__(self) -> str:
+        shown = [repr(sample_id)[:40] for sample_id in self.sample_id[:3].tolist()]
+        worst = f", worst first: {', '.join(shown)}{', …' if len(self) > len(shown) else ''}" if shown else ""
+        return (
+            f"Suspects: {len(self):,} of {len(self.all_scores):,} samples, score above {self.threshold:.3f}, "
+            f"estimated_count={self.estimated_count:,}{'' if self.separable else ', not separable'}{worst}"
+        )
 
     def table(self, rows: int = 20) -> str:
         """The worst ones, as Markdown."""
@@ -113,7 +121,7 @@ def suspects(
         ([3], [0], 1)
     """
     if not isinstance(scores, SampleScores):
-        raise DataError(f"suspects takes SampleScores, as recorder.scores() gives them; got a {type(scores).__name__}")
+        raise DataError(f"suspects takes SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
     labels = scores.check_targets(targets)
     classes = scores.info.get("num_classes")
     if (
@@ -142,11 +150,10 @@ def suspects(
         if not separable:
             score, cut = _relative(scores), FIRM
             hits = scores.hits[seen].sum() / scores.observations[seen].sum()
-            warnings.warn(
+            warn_caller(
                 f"wrong labels cannot be told from hard samples: this training got {hits:.0%} of its labels right, and contradicts "
                 "too many for all of them to be wrong. Only what it contradicts most firmly is suspected. Record a training that "
-                "learns more (more epochs, another learning rate, a stronger model)",
-                stacklevel=2,
+                "learns more (more epochs, another learning rate, a stronger model)"
             )
     else:
         cut, separable = float(threshold), True

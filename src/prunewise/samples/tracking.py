@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as _worker
 
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import kind_of
 from prunewise.samples.ids import SampleIndex, as_id
 
 FIELD = "sample_id"
@@ -48,8 +49,8 @@ def track(
         A data set of the same kind (map-style or iterable), with `.index` (`SampleIndex`: number ↔ id) for those of known ids.
 
     Raises:
-        DataError: no data set; the wrong number of ids, or one of them twice; samples that have a field `sample_id` which
-            `id_field` does not name; samples of an iterable with an unknown id.
+        DataError: no data set (a loader is none); the wrong number of ids, or one of them twice; samples that have a field
+            `sample_id` which `id_field` does not name; samples of an iterable with an unknown id.
 
     Example:
         >>> tracked = track([("a", 0), ("b", 1)], ids=["x17", "x4"])
@@ -60,20 +61,18 @@ def track(
     """
     if isinstance(dataset, (TrackedDataset, TrackedIterable)):
         raise DataError("the data set is tracked already: use it as it is")
+    if isinstance(dataset, DataLoader):
+        raise DataError("a DataLoader gives batches, not samples: track the data set, then make the loader of it")
     if isinstance(dataset, (str, bytes, Mapping)) and not hasattr(dataset, "__getitems__"):
         if ids is None or not isinstance(dataset, Mapping):
-            raise DataError(
-                f"a {type(dataset).__name__} is no data set: give a Dataset, a list, or ids= with a mapping"
-            )
+            raise DataError(f"{kind_of(dataset)} is no data set: give a Dataset, a list, or ids= with a mapping")
     elif isinstance(dataset, type):
         raise DataError(f"{dataset.__name__} is a class: give an instance of it")
     has_items = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, IterableDataset) or (not has_items and isinstance(dataset, Iterable)):
         return TrackedIterable(dataset, id_field, _index(ids))
     if not has_items:
-        raise DataError(
-            f"a {type(dataset).__name__} is no data set: it has neither __len__ and __getitem__ nor __iter__"
-        )
+        raise DataError(f"{kind_of(dataset)} is no data set: it has neither __len__ and __getitem__ nor __iter__")
     index = _index(ids)
     if index is None and id_field is not None:
         index = _index(_field_of_all(dataset, id_field))
