@@ -237,7 +237,7 @@ def test_weights_that_are_no_plain_parameters() -> None:
 def test_nothing_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pw.allocate(encoder(), 0.5, "erk")
+        assert pw.allocate(encoder(), 0.5, "erk").sparsity == 0.5
 
 
 def test_an_output_projection_that_is_called_counts_once() -> None:

@@ -126,9 +126,8 @@ def _check_masks(layer: Layer) -> None:
                 f"the mask in force on {owner.layer_name!r} has values other than 0 and 1: call make_permanent_ first"
             )
         first = layer.owners[0].keep_mask
-        if (mask is None) != (first is None) or (
-            mask is not None and first is not None and bool((mask != first).any())
-        ):
+        same = mask is first or (mask is not None and first is not None and torch.equal(mask, first))
+        if not same:
             raise PlanError(
                 f"{layer.name!r} and {owner.layer_name!r} share a weight, with different masks: call make_permanent_ first"
             )
