@@ -37,11 +37,7 @@ def magnitude(
     Source: Li et al. 2017, arXiv 1608.08710 (L1 norm of filters); here over all coupled layers, each with
     equal weight.
     """
-    tensors = (
-        under_masks(_tensors(model), dict(model.named_buffers(remove_duplicate=False)))
-        if isinstance(model, nn.Module)
-        else model
-    )
+    tensors = _acting(model) if isinstance(model, nn.Module) else model
     scores = {}
     for group in groups:
         total = np.zeros(group.size)
