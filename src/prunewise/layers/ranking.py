@@ -67,7 +67,7 @@ def among_highest(ranked: Mapping[str, Array], total: Total) -> dict[str, int]:
 
 
 def _highest(ranked: Sequence[Array], number: int) -> float:
-    """The `number`-th highest of all values in some ascending arrays; some twenty times as fast as a partition.
+    """The `number`-th highest of all values in some ascending arrays, without putting them together.
 
     Halves the range of floats that it lies in: read as integers (negative ones mirrored), floats are in the same order.
     """
