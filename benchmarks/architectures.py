@@ -40,12 +40,13 @@ import prunewise as pw
 MODES = ("train", "clean")
 
 
-def run(task: Task, recipe: Recipe, seed: int, folder: Path) -> None:
-    """One training; both score tables, and a record beside them. Nothing is done where they are there."""
-    name = f"{recipe.model}_{len(task)}_{recipe.epochs}_{recipe.lr:g}_{seed}"
+def run(task: Task, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
+    """The record of one training; both score tables lie beside it. It is not trained again where they are there."""
+    size = f"{len(task)}_{recipe.epochs}_{recipe.batch_size}_{recipe.lr:g}"
+    name = f"{recipe.model}_{size}{'_bf16' * recipe.bf16}_{seed}"
     done = folder / f"{name}.json"
     if done.exists():
-        return
+        return json.loads(done.read_text())
     recorder = {mode: pw.LearnabilityRecorder(len(task), mode=mode) for mode in MODES}
     labels = torch.as_tensor(task.labels, device=task.images.device)
     loader = DataLoader(pw.track(TensorDataset(task.images, labels)), batch_size=500)
@@ -67,6 +68,7 @@ def run(task: Task, recipe: Recipe, seed: int, folder: Path) -> None:
     }  # fmt: skip
     done.write_text(json.dumps(record) + "\n")
     print({k: v for k, v in record.items() if k != "where"}, flush=True)
+    return record
 
 
 def compared(folder: Path, found: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
@@ -125,31 +127,31 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1", help="(%(default)s)")
     parser.add_argument("--train-subset", type=int, metavar="N")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", default="0.05", help="one for all, or one for each of the models (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--bf16", action="store_true", help="train under autocast, channels last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/architectures"), help="score tables (%(default)s)")
     parser.add_argument("--name", default="architectures", help="of the results")
     args = parser.parse_args()
     one_thread(args.device, 1)
     task = load_task("cifar10", args.data, args.train_subset).to(args.device)
+    models, rates = args.models.split(","), [float(lr) for lr in args.lr.split(",")]
+    if len(rates) not in (1, len(models)):
+        parser.error(f"--lr has {len(rates)} rates for {len(models)} models")
     wanted = [
-        (Recipe(model, args.epochs, args.lr, args.batch_size), int(seed))
+        (Recipe(model, args.epochs, lr, args.batch_size, args.bf16), int(seed))
         for seed in args.seeds.split(",")
-        for model in args.models.split(",")
+        for model, lr in zip(models, rates * len(models), strict=False)
     ]
-    for recipe, seed in wanted:
-        run(task, recipe, seed, args.out)
-    found = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json")) if ".parquet" not in path.name]
-    keys = [(*dataclasses.astuple(recipe), seed, len(task)) for recipe, seed in wanted]
-    found = [
-        r for r in found if (r["model"], r["epochs"], r["lr"], r["batch_size"], r["seed"], r["train_samples"]) in keys
-    ]
+    found = [run(task, recipe, seed, args.out) for recipe, seed in wanted]
     pairs = compared(args.out, found, task)
-    runs = [[r["model"], r["seed"], f"{100 * r['test_accuracy']:.1f}", f"{r['seconds']:.0f}"] for r in found]
+    runs = [
+        [r["model"], f"{r['lr']:g}", r["seed"], f"{100 * r['test_accuracy']:.1f}", f"{r['seconds']:.0f}"] for r in found
+    ]
     text = "\n\n".join([
         f"Learnability of {len(task):,} training images of CIFAR-10, {args.epochs} epochs", summary(pairs),
-        table(["run", "seed", "test accuracy, %", "processor s"], runs),
+        table(["run", "lr", "seed", "test accuracy, %", "processor s"], runs),
     ])  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     where = circumstances(0)

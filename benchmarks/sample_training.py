@@ -18,12 +18,13 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]  # sample ids (B,), logits (
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum 0.9 and weight decay 5e-4, half a cosine from `lr` to zero."""
+    """SGD with momentum 0.9 and weight decay 5e-4, half a cosine from `lr` to zero; `bf16`: under autocast, channels last."""
 
     model: str
     epochs: int
     lr: float
     batch_size: int = 64
+    bf16: bool = False
 
 
 DEFAULTS = {"digits": Recipe("mlp", 30, 0.1), "fashion": Recipe("cnn", 8, 0.05), "cifar10": Recipe("cnn", 30, 0.02)}
@@ -95,6 +96,8 @@ def train(
     device = task.images.device
     model = build_model(recipe.model, task.images).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=5e-4)
+    layout = torch.channels_last if recipe.bf16 and task.images.ndim == 4 else torch.contiguous_format
+    model = model.to(memory_format=layout)
     given = torch.as_tensor(labels, device=device)
     numbers = torch.arange(len(task)) if kept is None else torch.as_tensor(kept)
     steps = recipe.epochs * math.ceil(len(numbers) / recipe.batch_size)
@@ -108,7 +111,8 @@ def train(
             if len(ids) < 2:  # batch norm has nothing to go by
                 continue
             images = augmented(task.images[ids], draw) if task.augment else task.images[ids]
-            logits = model(images)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+                logits = model(images.contiguous(memory_format=layout)).float()
             for observer in observers:
                 observer(ids, logits.detach(), given[ids])
             optimizer.zero_grad()

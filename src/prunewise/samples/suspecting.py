@@ -17,6 +17,8 @@ from prunewise.samples.showing import cell
 
 EL2N_WINDOW = 10  # as the recorder has it by default
 FIRM = 2 / 3  # relative margin: another class had five times the label's probability
+FIRMEST = 0.1  # share of the samples, those on which the model was surest, by which it tells how many labels are wrong
+MOST = 0.5  # share of labels that may be wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +33,8 @@ class Suspects:
         proposed_label: int64; the class that the model predicted when it last contradicted the label; -1 where there is none
             (several labels a sample, or a class number above 32,766).
         threshold: suspects score above it.
-        estimated_count: how many labels are wrong in the whole data set, in expectation: the sum of the probabilities; where a
-            threshold was given, and where not `separable`, how many scores lie above the threshold.
+        estimated_count: how many labels are wrong in the whole data set, in expectation: the sum of the probabilities; where not
+            `separable`, by the samples of which the model was surest; where a threshold was given, how many scores lie above it.
         all_scores: (N,) float64, the score of every sample; NaN where it was never observed.
         separable: False where this training did not tell wrong labels from hard samples.
     """
@@ -90,9 +92,13 @@ def suspects(
     benchmarks/label_noise.py.
 
     A model that has learned little contradicts right labels, too: no mirror explains its scores (nearly half of all labels
-    would be wrong, or a single bell describes the scores clearly better), and no threshold follows from them. Then there is a
-    warning, and suspects are the few samples of which another class had more than five times the label's probability in the mean
-    over the training. They are ranked by that ratio: the margins of a model that is unsure of everything are small everywhere.
+    would be wrong, or a single bell describes the scores clearly better). Then there is a warning, and wrong labels are counted
+    where the model errs least: of the tenth of all samples that had the highest probabilities, for the label or for another
+    class, the share of those contradicted, at most a half. As many are suspected of all samples, ranked by the ratio of the two
+    probabilities: the margins of a model that is unsure of everything are small everywhere. Labels that are wrong the more often
+    the harder a sample is, as those of people are, are more than this tells. In a training of fewer epochs than the EL2N window
+    a model is sure of much that is not so, and suspects are only the samples of which another class had more than five times
+    the label's probability in the mean.
 
     With fewer than 30 observed samples the threshold is 0, where the model begins to prefer another class.
 
@@ -148,16 +154,17 @@ def suspects(
         split = suspect_split(scores)
         cut, count, separable = split.cut, round(split.count), split.separable
         if not separable:
-            score, cut = _relative(scores), FIRM
+            score = _relative(scores)
+            cut = _firm_cut(scores, score[seen])
+            count = int((score[seen] > cut).sum())
             hits = scores.hits[seen].sum() / scores.observations[seen].sum()
             warn_caller(
                 f"wrong labels cannot be told from hard samples: this training got {hits:.0%} of its labels right, and contradicts "
-                "too many for all of them to be wrong. Only what it contradicts most firmly is suspected. Record a training that "
+                f"too many for all of them to be wrong. The {count:,} are suspected of which it is surest. Record a training that "
                 "learns more (more epochs, another learning rate, a stronger model)"
             )
     else:
         cut, separable = float(threshold), True
-    if threshold is not None or not separable:
         count = int((score[seen] > cut).sum())
     found = seen[score[seen] > cut]
     # a stable sort: equal scores stay in the order of the data set
@@ -175,13 +182,39 @@ def suspects(
     )
 
 
+def _label_and_rival(scores: SampleScores) -> tuple[Floats, Floats]:
+    """Probabilities of the label and of its strongest rival, means over the training; (N,) each."""
+    if scores.info.get("task") == "multilabel":  # the margin is p - (1 - p) of one label, the confidence a mean of all
+        return (1 + scores.aum_softmax) / 2, (1 - scores.aum_softmax) / 2
+    return scores.confidence, np.maximum(scores.confidence - scores.aum_softmax, 0)
+
+
 def _relative(scores: SampleScores) -> Floats:
-    """By how much the strongest other class exceeds the label, of the probability of both; means over the training."""
-    if scores.info.get("task") == "multilabel":  # margin and confidence are of different labels
-        return -scores.aum_softmax
-    label = scores.confidence
-    other = np.maximum(label - scores.aum_softmax, 0)
+    """By how much the strongest other class exceeds the label, of the probability of both."""
+    label, other = _label_and_rival(scores)
     return np.clip((other - label) / np.maximum(other + label, 1e-12), -1, 1)
+
+
+def _firm_cut(scores: SampleScores, relative: Floats) -> float:
+    """The relative margin above which a model that is unsure of most samples is believed.
+
+    A right label is confirmed with the probability with which a wrong one is contradicted: that of the true class, on which
+    a model that is sure errs rarely, so that among the samples with the highest probabilities the contradicted ones are as many
+    as labels are wrong. (Margins would not do: to a wrong label they are those to any class, to a right one those to its
+    strongest rival.)
+    """
+    seen = scores.observations > 0
+    if np.median(scores.observations[seen]) < _window(scores):
+        return FIRM
+    label, other = (p[seen] for p in _label_and_rival(scores))
+    firmest = np.argsort(-np.maximum(label, other), kind="stable")[: max(FEWEST, round(FIRMEST * len(label)))]
+    count = round(min(float((other > label)[firmest].mean()), MOST) * len(label))
+    return max(0.0, float(np.sort(relative)[::-1][count]))  # above 0 another class is preferred
+
+
+def _window(scores: SampleScores) -> int:
+    """Epochs of a training in which nothing is known by heart yet."""
+    return int(scores.info.get("el2n_window") or EL2N_WINDOW)
 
 
 def suspect_split(scores: SampleScores) -> Split:
@@ -193,8 +226,7 @@ def suspect_split(scores: SampleScores) -> Split:
     split = mirrored_split(score, memorised=False)
     if not split.separable:
         return split
-    window = scores.info.get("el2n_window") or EL2N_WINDOW
-    if np.median(scores.observations[seen]) < window or scores.info.get("task") == "multilabel":
+    if np.median(scores.observations[seen]) < _window(scores) or scores.info.get("task") == "multilabel":
         return split
     shifted = mirrored_split(score, memorised=True)
     found, early = score > shifted.cut, scores.el2n[seen]
