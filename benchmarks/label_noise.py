@@ -268,6 +268,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="default: an MLP for digits, else a small CNN")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--bf16", action="store_true", default=None, help="train under autocast, channels last")
     parser.add_argument("--no-drops", action="store_true", help="do not train without the suspects")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without cleanlab and aum")
     parser.add_argument("--out", type=Path, default=Path("runs/label_noise"), help="label_noise.jsonl (%(default)s)")
@@ -282,7 +283,7 @@ def main() -> None:
         return
     one_thread("cpu", 1)
     task = load_task(args.task, args.data, args.train_subset)
-    given = {k: v for k in ("model", "epochs", "lr") if (v := getattr(args, k)) is not None}
+    given = {k: v for k in ("model", "epochs", "lr", "bf16") if (v := getattr(args, k)) is not None}
     recipe = dataclasses.replace(DEFAULTS[args.task], **given)
     warm_up = dataclasses.replace(recipe, epochs=1)
     train(task, task.labels, warm_up, 0, kept=np.arange(min(256, len(task))))  # torch's first steps are slow

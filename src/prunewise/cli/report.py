@@ -119,7 +119,7 @@ def print_summary(title: str, result: dict[str, Any]) -> None:
         + (
             f"about {suspects['estimated_count']:,} labels are wrong in all"
             if suspects["separable"]
-            else "how many labels are wrong cannot be told: the training learned too little"
+            else "the training learned too little to tell wrong labels from hard samples"
         )
     )
     if suspects["first"]:
