@@ -99,6 +99,12 @@ def flagged(wrong: np.ndarray, named: np.ndarray) -> Record:
     }
 
 
+def f1(record: Record) -> float:
+    """The harmonic mean of precision and recall."""
+    hits = record["precision"] * record["found"]
+    return float(2 * hits / (record["found"] + record["true_count"]))
+
+
 def cleanlab_flags(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flags and scores (higher = more likely wrong) by cleanlab's defaults."""
     from cleanlab.filter import find_label_issues
@@ -230,6 +236,7 @@ def summary(found: list[Record]) -> str:
         values = [r[name] for r in rows if r.get(name) is not None]
         return f"{statistics.mean(values):.{digits}f}" if values else ""
 
+    found = [{**r, "f1": f1(r)} if r.get("true_count") and r.get("found") else r for r in found]
     cells = records.grouped(found, lambda r: tuple(r[k] for k in CELL))
     finding, training = [], []
     for cell, rows in cells.items():
@@ -242,14 +249,15 @@ def summary(found: list[Record]) -> str:
                 cost = f"{float(mean(r, 'seconds', 6)) / float(cross):.2f}" if cross else ""
                 finding.append([
                     *title, method, len(r), mean(r, "auroc"), mean(r, "auprc"), mean(r, "precision"), mean(r, "recall"),
-                    mean(r, "found", 0), mean(r, "estimated_count", 0), mean(r, "true_count", 0), mean(r, "seconds", 1), cost,
+                    mean(r, "f1"), mean(r, "found", 0), mean(r, "estimated_count", 0), mean(r, "true_count", 0),
+                    mean(r, "seconds", 1), cost,
                 ])  # fmt: skip
         if "without nothing" in by:
             values = [mean([{**r, "percent": 100 * r["test_accuracy"]} for r in by.get(f"without {w}", [])], "percent", 2)
                       for w in DROPS]  # fmt: skip
             training.append([*title, len(by["without nothing"]), *values])
-    head = ["data", "samples", "wrong labels", "method", "seeds", "AUROC", "AUPRC", "precision", "recall", "flagged", "estimated",
-            "true", "processor s", "of 5-fold"]  # fmt: skip
+    head = ["data", "samples", "wrong labels", "method", "seeds", "AUROC", "AUPRC", "precision", "recall", "F1",
+            "flagged", "estimated", "true", "processor s", "of 5-fold"]  # fmt: skip
     parts = [table(head, finding)]
     if training:
         parts.append(table(["data", "samples", "wrong labels", "seeds", *(f"without {w}, %" for w in DROPS)], training))

@@ -59,7 +59,7 @@ class Cost:
     _layers: tuple[LayerCost, ...] = field(default=(), repr=False, compare=False)
 
     def by_layer(self) -> list[LayerCost]:
-        """One row a module, in the order of execution; parameters stand with the module that owns them."""
+        """One row a module that costs anything, in no particular order; parameters stand with the module that owns them."""
         return list(self._layers)
 
     def as_dict(self) -> dict[str, int]:
