@@ -14,6 +14,7 @@ from torch import nn
 import prunewise as pw
 from prunewise.samples.mirroring import mirrored_split, two_groups
 from prunewise.samples.selection import GROUPS
+from prunewise.samples.suspecting import _cut_of
 
 
 def scores_of(
@@ -189,9 +190,13 @@ def test_of_a_model_that_contradicts_all_it_is_sure_of_at_most_half_is_believed(
     with pytest.warns(UserWarning, match="cannot be told"):
         found = pw.suspects(s, np.zeros(1000))
     assert len(found) == 500 and found.threshold > 0
-    tied = dataclasses.replace(s, confidence=np.full(1000, 0.2), aum_softmax=np.where(np.arange(1000) < 900, -0.2, 0.1))
-    with pytest.warns(UserWarning, match="cannot be told"):
-        assert len(pw.suspects(tied, np.zeros(1000))) == 0, "which of 900 equal ones is not known"
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, 0), (1, 0), (100, 100), (199, 100), (201, 300), (600, 300)])
+def test_of_equal_scores_all_are_suspected_or_none(count: int, found: int) -> None:
+    """A hundred at 0.5, two hundred at 0.2; below 0 the label is preferred."""
+    relative = np.random.default_rng(0).permutation(np.repeat([0.5, 0.2, 0.0, -0.3], [100, 200, 300, 400]))
+    assert (relative > _cut_of(relative, count)).sum() == found
 
 
 def test_scores_of_several_labels_are_not_divided() -> None:
@@ -206,8 +211,23 @@ def test_scores_that_tell_nothing() -> None:
     assert pw.suspects(few, np.zeros(20)).threshold == 0  # too few to fit a distribution to
     same = scores_of(np.ones(50), margins=np.full(50, 0.7))
     assert len(pw.suspects(same, np.zeros(50))) == 0
-    contradicted = scores_of(np.ones(50), margins=np.linspace(-0.9, -0.5, 50))
-    assert len(pw.suspects(contradicted, np.zeros(50))) == 50
+    contradicted = scores_of(np.zeros(50), margins=np.linspace(-0.9, -0.5, 50), confidence=np.full(50, 0.05))
+    with pytest.warns(UserWarning, match="cannot be told"):
+        assert len(pw.suspects(contradicted, np.zeros(50))) == 25, "at most a half"
+    undecided = scores_of(np.zeros(50), margins=np.zeros(50))
+    assert len(pw.suspects(undecided, np.zeros(50))) == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 9, 10, 30])
+def test_a_model_that_knows_nothing_names_at_most_a_half(epochs: int) -> None:
+    rec = pw.LearnabilityRecorder(300)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 1000, (300,))
+    for _ in range(epochs):
+        rec.update(torch.arange(300), torch.randn(300, 1000), labels)
+    with pytest.warns(UserWarning, match="cannot be told from hard samples: this training got 0% of its labels right"):
+        found = pw.suspects(rec.scores(), labels)
+    assert len(found) <= found.estimated_count <= 150 and not found.separable
 
 
 def test_the_split_is_the_same_from_any_number_of_scores() -> None:

@@ -61,8 +61,9 @@ def mirrored_split(score: Floats, *, memorised: bool) -> Split:
         if (middle < centre).any()
         for share in (0.05, 0.3)
     ]
-    if not fits:  # everything is contradicted: nothing to compare with
-        return Split(0.0, float((score > 0).sum()), 0.0)
+    if not fits:  # no label is accepted: there is nothing to compare with
+        contradicted = float((score > 0).sum())
+        return Split(0.0, contradicted, 0.0, separable=not contradicted)
     likelihood, centre, wrong, share = max(fits, key=lambda fit: fit[0])
     separable = share < _MOST and likelihood > _one_bell(middle, weight) - _WORSE * float(weight.sum())
     # scores from the top down, as long as they bring more of the contradicted group than of the other

@@ -84,7 +84,7 @@ def suspects(
     scores; suspects are those that are more likely of the image. So hard samples of a short training, whose scores reach above
     0 but which no firm contradictions accompany, are not flagged, and few are where all labels are right.
 
-    In a training of at least as many epochs as the EL2N window, a model may learn wrong labels by heart, which moves their
+    In a training of twice as many epochs as the EL2N window, or more, a model may learn wrong labels by heart, which moves their
     scores down. There the mirror may stand below 0, if EL2N, which is of the first epochs, says that the model knew the other
     samples by then, and that the samples so found were nearer to being contradicted firmly than to being undecided. A model that
     has known everything by heart for most of its training misses many wrong labels, all the more where one wrong label is
@@ -155,13 +155,12 @@ def suspects(
         cut, count, separable = split.cut, round(split.count), split.separable
         if not separable:
             score = _relative(scores)
-            cut = _firm_cut(scores, score[seen])
-            count = int((score[seen] > cut).sum())
+            cut, count = _firm_cut(scores, score[seen])
             hits = scores.hits[seen].sum() / scores.observations[seen].sum()
             warn_caller(
                 f"wrong labels cannot be told from hard samples: this training got {hits:.0%} of its labels right, and contradicts "
-                f"too many for all of them to be wrong. The {count:,} are suspected of which it is surest. Record a training that "
-                "learns more (more epochs, another learning rate, a stronger model)"
+                f"too many for all of them to be wrong. The {(score[seen] > cut).sum():,} are suspected of which it is surest. "
+                "Record a training that learns more (more epochs, another learning rate, a stronger model)"
             )
     else:
         cut, separable = float(threshold), True
@@ -195,8 +194,8 @@ def _relative(scores: SampleScores) -> Floats:
     return np.clip((other - label) / np.maximum(other + label, 1e-12), -1, 1)
 
 
-def _firm_cut(scores: SampleScores, relative: Floats) -> float:
-    """The relative margin above which a model that is unsure of most samples is believed.
+def _firm_cut(scores: SampleScores, relative: Floats) -> tuple[float, int]:
+    """The relative margin above which a model that is unsure of most samples is believed, and how many labels are wrong.
 
     A right label is confirmed with the probability with which a wrong one is contradicted: that of the true class, on which
     a model that is sure errs rarely, so that among the samples with the highest probabilities the contradicted ones are as many
@@ -205,11 +204,20 @@ def _firm_cut(scores: SampleScores, relative: Floats) -> float:
     """
     seen = scores.observations > 0
     if np.median(scores.observations[seen]) < _window(scores):
-        return FIRM
+        cut = max(FIRM, _cut_of(relative, round(MOST * len(relative))))
+        return cut, int((relative > cut).sum())
     label, other = (p[seen] for p in _label_and_rival(scores))
     firmest = np.argsort(-np.maximum(label, other), kind="stable")[: max(FEWEST, round(FIRMEST * len(label)))]
     count = round(min(float((other > label)[firmest].mean()), MOST) * len(label))
-    return max(0.0, float(np.sort(relative)[::-1][count]))  # above 0 another class is preferred
+    return _cut_of(relative, count), count
+
+
+def _cut_of(relative: Floats, count: int) -> float:
+    """The cut above which `count` scores lie, or as near to it as ties let it come; not below 0, where the label is preferred."""
+    values, sizes = np.unique(relative[relative > 0], return_counts=True)
+    above = np.concatenate([[0], np.cumsum(sizes[::-1])])
+    taken = int(np.abs(above - count).argmin())  # of the different values, from the highest
+    return float(values[-1 - taken]) if taken < len(values) else 0.0
 
 
 def _window(scores: SampleScores) -> int:
@@ -226,7 +234,8 @@ def suspect_split(scores: SampleScores) -> Split:
     split = mirrored_split(score, memorised=False)
     if not split.separable:
         return split
-    if np.median(scores.observations[seen]) < _window(scores) or scores.info.get("task") == "multilabel":
+    # in fewer epochs EL2N and the margins are of the same observations, and one says no more than the other
+    if np.median(scores.observations[seen]) < 2 * _window(scores) or scores.info.get("task") == "multilabel":
         return split
     shifted = mirrored_split(score, memorised=True)
     found, early = score > shifted.cut, scores.el2n[seen]
