@@ -62,6 +62,12 @@ def worker(rank: int, folder: str) -> None:
             idle.update(torch.tensor([3]), logits_of(0)[3:4], LABELS[3:4])
         idle.reduce()
         assert idle.scores().observations.sum() == 1
+        assert idle.scores().info["task"] == "multiclass" and idle.num_classes == K, "and knows what the other recorded"
+        apart = pw.LearnabilityRecorder(N)  # ranks that record different things
+        apart.update(torch.tensor([3]), logits_of(0)[3:4, : 3 - rank], LABELS[:1])
+        with pytest.raises(pw.DataError, match=r"the ranks recorded different numbers of classes \(2 and 3\)"):
+            apart.reduce()
+        assert apart.scores().observations.sum() == 1, "nothing is merged"
     finally:
         dist.destroy_process_group()
 

@@ -264,7 +264,7 @@ def test_compiled_updates_equal_eager_ones_and_find_bad_input_later() -> None:
 )
 def test_an_update_reads_no_value_back(task: str, logits: tuple[int, ...], targets: tuple[int, ...]) -> None:
     """Tensors on the meta device have no values: what would wait for a GPU is an error here."""
-    rec = pw.LearnabilityRecorder(50, task=task, trace=9, trace_margins=True)
+    rec = pw.LearnabilityRecorder(50, task=task, trace=9, trace_margins=True, device="meta")
     for _ in range(3):
         ids = torch.zeros(8, dtype=torch.long, device="meta")
         y = torch.zeros(targets, dtype=torch.long, device="meta")
@@ -273,7 +273,7 @@ def test_an_update_reads_no_value_back(task: str, logits: tuple[int, ...], targe
     assert rec._state is not None and rec._state.counts.is_meta
     with pytest.raises(NotImplementedError):
         rec.scores()
-    soft = pw.LearnabilityRecorder(50)
+    soft = pw.LearnabilityRecorder(50, device="meta")
     soft.update(torch.arange(8), torch.zeros(8, K, device="meta"), torch.zeros(8, K, device="meta"))
 
 
@@ -419,8 +419,89 @@ def test_compiled_updates_come_after_those_before_them() -> None:
     assert (found.forgetting[0], found.last_missed[0], found.first_learnt[0]) == (1, 1, 0)
 
 
+@pytest.mark.parametrize("where", ["ids", "logits", "targets", "mixed"])
+def test_what_holds_no_values_is_refused_and_what_waits_is_kept(where: str) -> None:
+    rec = pw.LearnabilityRecorder(B)
+    rec.update(IDS, Z, Y)
+    given: dict[str, Any] = {"ids": IDS, "logits": Z, "targets": Y, "mixed": torch.zeros(B, dtype=torch.bool)}
+    for wrong in (given[where].to("meta"), given[where].to_sparse()):
+        values = {**given, where: wrong}
+        with pytest.raises(pw.DataError, match="give a dense tensor with values"):
+            rec.update(values["ids"], values["logits"], values["targets"], mixed=values["mixed"])
+    assert rec.scores().observations.tolist() == [1] * B
+
+
+def test_of_two_classes_a_mixture_is_told_by_its_second() -> None:
+    rec = pw.LearnabilityRecorder(4)
+    rec.update(
+        torch.arange(4), torch.tensor([[2.0, 0.0]] * 4), torch.tensor([[0.95, 0.05], [0.8, 0.2], [0.6, 0.4], [0, 1]])
+    )
+    assert rec.scores().observations.tolist() == [1, 1, 0, 1] and rec.not_counted["mixed"] == 1
+    soft = pw.LearnabilityRecorder(3, soft_labels=True, task="binary")
+    soft.update(torch.arange(3), torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.6, 0.1, -100.0]))
+    assert soft.scores().observations.tolist() == [1, 1, 0] and soft.not_counted["ignored"] == 1
+
+
+def test_settings_of_ones_own_outlast_a_state() -> None:
+    last = pw.LearnabilityRecorder(2, class_dim=-1)
+    last.update(torch.arange(2), torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(pw.CheckpointError, match="of class_dim=-1, this recorder of class_dim=1"):
+        pw.LearnabilityRecorder(2, class_dim=1).load_state_dict(last.state_dict())
+    # what was told by batches is replaced, and forgotten
+    rec = pw.LearnabilityRecorder(2)
+    rec.update(torch.arange(2), torch.randn(2), torch.ones(2))
+    rec.load_state_dict(last.state_dict())
+    assert rec.scores().info["task"] == "tokens"
+    rec.load_state_dict(pw.LearnabilityRecorder(2).state_dict())
+    rec.update(torch.arange(2), torch.randn(2, 3, 5), torch.zeros(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("name", "value"), [("means", float("nan")), ("small", -5), ("counts", -1)])
+def test_damaged_states_are_refused(name: str, value: float) -> None:
+    rec = pw.LearnabilityRecorder(B)
+    rec.update(IDS, Z, Y)
+    state = rec.state_dict()
+    state["tensors"][name].fill_(value)
+    with pytest.raises(pw.CheckpointError, match=f"damaged: {name} holds what no recorder writes"):
+        pw.LearnabilityRecorder(B).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pw.LearnabilityRecorder(3, device="nonsense"), "device='nonsense' is no device"),
+        (lambda: pw.LearnabilityRecorder(3, ids=5.5), "5.5 is no list of sample ids"),
+        (lambda: pw.track([1, 2], ids=2.5), "2.5 is no list of sample ids"),
+        (lambda: pw.track([1, 2], ids=-1), "-1 is no number of samples"),
+        (
+            lambda: pw.LearnabilityRecorder(3).update([0, 2**70], torch.randn(2, 3), torch.zeros(2).long()),
+            "none of the 3",
+        ),
+        (
+            lambda: pw.LearnabilityRecorder(3, task="multilabel").update([0], torch.randn(1, 0), torch.ones(1, 0)),
+            "do not fit",
+        ),
+    ],
+)
+def test_more_bad_input(make: Any, message: str) -> None:
+    with pytest.raises(pw.DataError, match=message):
+        make()
+
+
+def test_the_share_of_hits_does_not_depend_on_the_default_dtype() -> None:
+    z = torch.zeros(1, 1000, 2)
+    z[0, :500, 0], z[0, 500:, 1] = 1, 1
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rec = pw.LearnabilityRecorder(1, hit_share=0.501)
+        rec.update([0], z, torch.zeros(1, 1000, dtype=torch.long))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rec.scores().hits.tolist() == [0]
+
+
 def test_a_state_of_another_task_is_refused() -> None:
     many = pw.LearnabilityRecorder(B, task="multilabel")
     many.update(IDS, Z, (Z > 0).long())
-    with pytest.raises(pw.CheckpointError, match="of the task 'multilabel', this recorder of 'multiclass'"):
+    with pytest.raises(pw.CheckpointError, match="of task='multilabel', this recorder of task='multiclass'"):
         pw.LearnabilityRecorder(B, task="multiclass").load_state_dict(many.state_dict())

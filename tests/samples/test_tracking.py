@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import UserDict, namedtuple
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -305,6 +305,42 @@ def test_streams_with_an_id_field() -> None:
         next(iter(pw.track(Named(), id_field="id")))
     with pytest.raises(pw.DataError, match="longer than the 2 ids"):
         list(pw.track(Stream("none"), ids=["a", "b"]))
+
+
+class ShuffledStream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from ({"x": i, "uid": i} for i in torch.randperm(40).tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_that_shuffle_themselves_come_whole(workers: int) -> None:
+    """Each worker has an order of its own: only the samples' ids tell the shares."""
+    loader = DataLoader(pw.track(ShuffledStream(), id_field="uid"), batch_size=4, num_workers=workers)
+    for _ in range(2):
+        batches = list(loader)
+        assert sorted(torch.cat([b["sample_id"] for b in batches]).tolist()) == list(range(40))
+        assert all(torch.equal(b["sample_id"], b["x"]) for b in batches)
+
+
+class ByName(Dataset[Any]):
+    """Map-style, but its keys are its ids, as the docstring of `track` has it."""
+
+    rows: ClassVar = {"x": (1.0, 0), "y": (2.0, 1)}
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, key: str) -> tuple[float, int]:
+        return self.rows[key]
+
+
+def test_a_data_set_whose_keys_are_its_ids() -> None:
+    data = pw.track(ByName(), ids=["x", "y"])
+    assert [data[0], data["y"]] == [(1.0, 0, 0), (2.0, 1, 1)]
+    assert [b[-1].tolist() for b in DataLoader(data, batch_size=2)] == [[0, 1]]
+    assert pw.track([("a", 0), ("b", 1)], ids=["x17", "x4"])["x4"] == ("b", 1, 1)
+    with pytest.raises(KeyError):
+        pw.track(ByName(), ids=["x", "z"])[1]
 
 
 def test_only_streams_of_known_length_have_one() -> None:

@@ -21,13 +21,29 @@ from prunewise.samples.state import State
 KIND, VERSION = "prunewise/learnability-recorder", 1
 
 
+def require_values(**tensors: Any) -> None:
+    """Raise `DataError` for tensors, by name, that hold no values to look at: those on the meta device, and sparse ones."""
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and (value.device.type == "meta" or value.layout != torch.strided):
+            what = "on the meta device" if value.device.type == "meta" else str(value.layout)
+            raise DataError(f"the {name.replace('_', ' ')} are {what}: give a dense tensor with values")
+
+
+def as_device(device: Any) -> torch.device:
+    """The device of that name; `DataError` where there is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DataError(f"device={device!r} is no device ({str(error).splitlines()[0]})") from error
+
+
 def numbers_of(sample_ids: Any, size: int, index: SampleIndex) -> Tensor:
     """Dense numbers, (B,) int64, wherever the ids lie; `DataError` where they are no ids, or not `size` of them."""
     if isinstance(sample_ids, Tensor):
         ids = sample_ids  # numbers already, as `track` makes them
     elif isinstance(sample_ids, (np.ndarray, list, tuple)):
         listed = sample_ids.tolist() if isinstance(sample_ids, np.ndarray) else list(sample_ids)
-        if index.is_dense and all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        if index.is_dense and all(type(i) is int and -(1 << 63) <= i < 1 << 63 for i in listed):
             ids = torch.tensor(listed, dtype=torch.int64)
         else:
             ids = torch.tensor([index.number(i) for i in listed], dtype=torch.int64)
@@ -92,7 +108,11 @@ def checked_state(given: Any, mine: Mapping[str, Any], length: int) -> dict[str,
             )
     task, classes = saved.get("task"), saved.get("num_classes")
     tallies = [saved.get("tally"), saved.get("merged_tally")]
-    sound = task in TASKS and (classes is None or is_count(classes))
+    sound = (
+        task in TASKS
+        and (classes is None or is_count(classes))
+        and saved.setdefault("class_dim", None) in (None, -1, 1)
+    )
     sound = sound and all(isinstance(t, list) and len(t) == length and all(map(is_count, t)) for t in tallies)
     tensors = saved.get("tensors")
     if not sound or not isinstance(tensors, Mapping):
@@ -103,10 +123,13 @@ def checked_state(given: Any, mine: Mapping[str, Any], length: int) -> dict[str,
     for name, tensor in tensors.items():
         wanted = (mine["n"], *empty[name].shape[1:])
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == wanted and tensor.dtype == empty[name].dtype
-        if not fits:
+        if not fits or tensor.device.type == "meta":
             found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"the state is damaged: {name} is {found}, not {wanted} {empty[name].dtype}")
-    if tensors and int((tensors["counts"][:, 1] > tensors["counts"][:, 0]).sum() + (tensors["counts"] < 0).sum()):
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()) or (name in ("counts", "small") and bool((tensor < 0).any())):
+            raise CheckpointError(f"the state is damaged: {name} holds what no recorder writes (NaN, or below 0)")
+    if tensors and bool((tensors["counts"][:, 1] > tensors["counts"][:, 0]).any()):
         raise CheckpointError("the state is damaged: some samples have more hits than observations")
     return saved
 

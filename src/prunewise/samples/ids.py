@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
 
 SampleId = int | str
@@ -32,8 +33,12 @@ class SampleIndex(Sequence[SampleId]):
         self._ids: list[SampleId] | None = None
         self._numbers: dict[SampleId, int] | None = None
         if isinstance(ids, int):
+            if not is_count(ids):
+                raise DataError(f"{ids} is no number of samples")
             self._length = ids
             return
+        if not isinstance(ids, Iterable):
+            raise DataError(f"{ids!r:.80} is no list of sample ids: give one int or string for each sample, in order")
         found = [as_id(i) for i in ids]
         self._length = len(found)
         if len({type(i) for i in found}) > 1:

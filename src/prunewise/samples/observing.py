@@ -10,6 +10,7 @@ from torch import Tensor
 from prunewise.core.errors import DataError
 
 TASKS = ("auto", "multiclass", "binary", "multilabel", "tokens")
+SMOOTH = 0.2  # of two classes: the second's probability in a smoothed label at most; more is a mixture
 LIMIT = 65504.0  # margins and losses are held within what half precision holds
 VALUES = ("aum", "aum_softmax", "confidence", "loss", "el2n")  # columns of `Observed.values`
 
@@ -65,7 +66,7 @@ def resolve_task(task: str, logits: Tensor, targets: Tensor) -> str:
         "multiclass": logits.ndim == 2
         and logits.shape[1] > 1
         and ((targets.shape == logits.shape and not labels) or (targets.ndim == 1 and labels)),
-        "multilabel": logits.ndim >= 2 and logits.shape == targets.shape,
+        "multilabel": logits.ndim >= 2 and logits.shape == targets.shape and 0 not in logits.shape[1:],
         "tokens": logits.ndim >= 3 and labels and targets.ndim == logits.ndim - 1 and bool(class_dims(logits, targets)),
     }
     if not fits.get(task, False):
@@ -115,7 +116,9 @@ def observe(
         if y.is_floating_point():
             # the usual 0. and 1. of BCE losses, or soft ones
             if soft_labels:
-                return _soft(logits, torch.stack([1 - y, y], 1), soft_labels)
+                ignored = y == ignore_index
+                y = torch.where(ignored, 0, y)
+                return _soft(logits, torch.stack([1 - y, y], 1), soft_labels, ignored)
             neither = (y != 0) & (y != 1) & (y != ignore_index)
             return _hard(logits, torch.where(neither, -1, y).long(), ignore_index)._replace(bad=neither)
         return _hard(logits, y, ignore_index)
@@ -136,7 +139,7 @@ def _hard(z: Tensor, y: Tensor, ignore_index: int) -> Observed:
     return _of_class(z, y, None, ignored, none, none, bad)
 
 
-def _soft(z: Tensor, t: Tensor, soft_labels: bool) -> Observed:
+def _soft(z: Tensor, t: Tensor, soft_labels: bool, ignored: Tensor | None = None) -> Observed:
     """Logits (B, K), probabilities (B, K): one-hot and smoothed labels; other distributions only with `soft_labels`."""
     t = t.to(z.dtype)
     wrong = ~torch.isfinite(t).all(1) | (t < -1e-4).any(1) | ((t.sum(1) - 1).abs() > 1e-2)
@@ -144,8 +147,11 @@ def _soft(z: Tensor, t: Tensor, soft_labels: bool) -> Observed:
     top, y = t.max(1)
     second, least = _without(t, y, -torch.inf).amax(1), _without(t, y, torch.inf).amin(1)
     # Smoothing gives all other classes the same; two peaks are a mixture of two samples, which is an observation of neither.
-    mixed = torch.zeros_like(wrong) if soft_labels else second - least > 1e-3
-    return _of_class(z, y, t, torch.zeros_like(wrong), mixed, (top == second) & ~mixed, wrong)
+    # Of two classes nothing but the size of the second tells them apart.
+    peaks = second > SMOOTH if t.shape[1] == 2 else second - least > 1e-3
+    mixed = torch.zeros_like(wrong) if soft_labels else peaks
+    ignored = torch.zeros_like(wrong) if ignored is None else ignored
+    return _of_class(z, y, t, ignored, mixed, (top == second) & ~mixed, wrong)
 
 
 def _of_class(
@@ -199,7 +205,9 @@ def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float, class_dim
     found = found._replace(counted=found.counted.view(size, -1), reasons=found.reasons.view(size, -1, len(REASONS)))
     broken = found.reasons[:, :, 0].any(1)
     count = found.counted.sum(1)
-    share = (found.hit.view(size, -1) & found.counted).sum(1) / count.clamp(min=1)
+    share = (found.hit.view(size, -1) & found.counted).sum(1).double() / count.clamp(
+        min=1
+    )  # whatever the default dtype
     values = torch.where(found.counted[:, :, None], found.values.view(size, -1, len(VALUES)), 0).sum(1)
     values = values / count.clamp(min=1)[:, None]
     empty, none = (count == 0) & ~broken, torch.zeros_like(broken)

@@ -16,15 +16,17 @@ from prunewise.core.errors import CheckpointError, DataError
 from prunewise.samples.checking import (
     KIND,
     VERSION,
+    as_device,
     bad_labels,
     check_ids,
     check_labels,
     checked_state,
     numbers_of,
     require,
+    require_values,
 )
 from prunewise.samples.ids import SampleIndex
-from prunewise.samples.merging import is_distributed, merge_states, sum_over_ranks
+from prunewise.samples.merging import is_distributed, merge_states, range_over_ranks, sum_over_ranks
 from prunewise.samples.observing import REASONS, TASKS, class_dims, observe, resolve_task
 from prunewise.samples.passes import record_pass
 from prunewise.samples.scores import SampleScores, from_state
@@ -54,7 +56,8 @@ class LearnabilityRecorder:
 
     An observation is one sample in one batch; it is not counted (see `not_counted`) where its logits hold NaN, +inf or
     nothing but -inf; where its label is `ignore_index`; where a soft label has two peaks (mixup, CutMix: the input is no
-    sample); where a soft label has no highest class. With gradient accumulation, update once for each forward pass.
+    sample; of two classes, where the second has more than 0.2); where a soft label has no highest class. With gradient
+    accumulation, update once for each forward pass.
 
     Tasks, told by the shapes of logits and targets unless `task` says otherwise:
         multiclass: (B, K) with (B,) class numbers, or (B, K) floats: one-hot, smoothed, or (with `soft_labels`) any
@@ -132,12 +135,13 @@ class LearnabilityRecorder:
         self._el2n_window, self._ignore_index = int(el2n_window), int(ignore_index)
         self._soft_labels, self._hit_share = bool(soft_labels), float(hit_share)
         self._class_dim = class_dim
+        self._asked = task, class_dim  # the other two follow the batches where these leave it open
         self._window = Window()
         self._state: State | None = None
         self._tally: Tensor | None = None
         self._merged_tally = [0] * (len(REASONS) + 3)
         if device is not None:
-            self._allocate(torch.device(device))
+            self._allocate(as_device(device))
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -161,6 +165,8 @@ class LearnabilityRecorder:
         if not all(isinstance(v, Tensor) for v in given[1:]):
             what = ", ".join(type(v).__name__ for v in given)
             raise DataError(f"update takes sample ids, logits and targets as tensors; got {what}")
+        if self._state is None or not self._state.counts.is_meta:
+            require_values(logits=logits, targets=targets, sample_ids=sample_ids, mixed=mixed)
         task = resolve_task(self._task, logits, targets)
         class_dim = self.class_dim_of(logits, targets) if task == "tokens" else -1
         classes = _classes(task, logits, class_dim)
@@ -179,9 +185,9 @@ class LearnabilityRecorder:
             return
         self._allocate(logits.device)
         if at_once and task == "multiclass" and targets.ndim == 1:
-            if not self._window.has_room(logits, targets):
+            if not self._window.has_room(ids, logits, targets):
                 self._flush()
-            if self._window.has_room(logits, targets):
+            if self._window.has_room(ids, logits, targets):
                 self._window.add(ids, logits, targets, mixed)
                 self._task, self.num_classes = task, classes
                 return
@@ -224,11 +230,13 @@ class LearnabilityRecorder:
         since the last call (a distributed sampler repeats some, to fill up) is counted on one of them only.
 
         Raises:
-            DataError: on all ranks, where any rank met bad ids or labels; merged all the same.
+            DataError: on all ranks, where any rank met bad ids or labels; merged all the same. Where ranks recorded different
+                tasks, or logits of different numbers of classes; nothing is merged then.
         """
         self._flush()
         if is_distributed():
             state, tally = self._allocate(_default_device(group))
+            self._agree_on_task(tally.device, group)
             merge_states(state, group)
             total = sum_over_ranks(tally, group).tolist()
             self._merged_tally = [a + b for a, b in zip(self._merged_tally, total, strict=True)]
@@ -315,29 +323,28 @@ class LearnabilityRecorder:
                 Nothing is changed then.
         """
         saved = checked_state(state_dict, self._config(), len(self._merged_tally))
-        if "auto" not in (self._task, saved["task"]) and self._task != saved["task"]:
-            raise CheckpointError(f"the state is of the task {saved['task']!r}, this recorder of {self._task!r}")
+        for name, asked, open_ in (("task", self._asked[0], "auto"), ("class_dim", self._asked[1], None)):
+            if open_ not in (asked, saved[name]) and asked != saved[name]:
+                raise CheckpointError(f"the state is of {name}={saved[name]!r}, this recorder of {name}={asked!r}")
         tensors, tally = saved["tensors"], saved["tally"]
         device = self._state.counts.device if self._state is not None else None
-        if saved.get("class_dim") in (-1, 1):
-            self._class_dim = saved["class_dim"]
         self._window, self._state, self._tally = Window(), None, None
         if tensors:
             with torch.inference_mode(False):
                 loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
                 self._state = State(**loaded)
                 self._tally = torch.tensor(tally, dtype=torch.int64, device=self._state.counts.device)
-        self._merged_tally, self._task, self.num_classes = (
-            list(saved["merged_tally"]),
-            saved["task"],
-            saved["num_classes"],
-        )
+        self._merged_tally, self.num_classes = list(saved["merged_tally"]), saved["num_classes"]
+        task, class_dim = self._asked
+        self._task = saved["task"] if task == "auto" else task
+        self._class_dim = saved["class_dim"] if class_dim is None else class_dim
 
     def to(self, device: torch.device | str) -> LearnabilityRecorder:
         """Move the state to a device, in place; after loading a state, which lies on the CPU, say."""
         self._flush()
+        device = as_device(device)
         if self._state is None:
-            self._allocate(torch.device(device))
+            self._allocate(device)
             return self
         assert self._tally is not None
         with torch.inference_mode(False):
@@ -360,6 +367,25 @@ class LearnabilityRecorder:
                 self._state = State.empty(self.num_samples, device, self._trace, self._trace_margins)
                 self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
         return self._state, self._tally
+
+    def _agree_on_task(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """A rank that saw nothing takes over what the others recorded; `DataError` where they differ."""
+        open_, dims = -1, (-1, 1)
+        mine = [
+            open_ if self._task == "auto" else TASKS.index(self._task),
+            open_ if self.num_classes is None else self.num_classes,
+            open_ if self._class_dim is None else dims.index(self._class_dim),
+        ]
+        least, most = range_over_ranks(torch.tensor(mine, device=device), open_, group)
+        for name, low, high in zip(("tasks", "numbers of classes", "class_dim"), least, most, strict=True):
+            shown = (TASKS[low], TASKS[high]) if name == "tasks" else (low, high)
+            require(
+                low == high, f"the ranks recorded different {name} ({shown[0]} and {shown[1]}): give all the same model"
+            )
+        task, classes, dim = most
+        self._task = "auto" if task == open_ else TASKS[task]
+        self.num_classes = None if classes == open_ else classes
+        self._class_dim = None if dim == open_ else dims[dim]
 
     def _flush(self) -> None:
         """Record the batches that wait."""

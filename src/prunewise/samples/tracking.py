@@ -32,9 +32,9 @@ def track(
 
     An iterable data set: the number is the sample's place in the stream, or comes from its `id_field`. With several workers
     every worker reads the whole stream and passes on its share, so that each sample comes once, under the same number
-    for any number of workers, whether or not the data set shards itself by `get_worker_info()`. Streams must be in the same
-    order every epoch then; where they are not, and where each rank of a distributed run streams its own part, give
-    `id_field`.
+    for any number of workers, whether or not the data set shards itself by `get_worker_info()`; a `worker_init_fn` must not
+    shard it. Streams must be in the same order every epoch and in every worker then; where they are not, and where each
+    rank of a distributed run streams its own part, give `id_field`.
 
     Args:
         dataset: map-style (`__len__` and `__getitem__`; lists and Hugging Face data sets are such) or iterable.
@@ -95,17 +95,16 @@ class TrackedDataset(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return self.__getitems__(range(*key.indices(len(self))))
-        key = as_id(key)
-        number = self._number(key)
-        return with_id(self.dataset[self._key(key, number)], number, self.id_field)
+        number = self._number(as_id(key))
+        return with_id(sample_at(self.dataset, number, self.index[number]), number, self.id_field)
 
     def __getitems__(self, keys: Iterable[Any]) -> list[Any]:
         """The samples at `keys`; PyTorch's loader asks for whole batches where a data set can give them."""
-        keys = [as_id(k) for k in keys]
-        numbers = [self._number(k) for k in keys]
+        numbers = [self._number(as_id(k)) for k in keys]
         if not callable(getattr(self.dataset, "__getitems__", None)):
-            return [self[k] for k in keys]
-        samples = self.dataset.__getitems__([self._key(k, n) for k, n in zip(keys, numbers, strict=True)])
+            return [self[n] for n in numbers]
+        wanted = [self.index[n] for n in numbers] if isinstance(self.dataset, Mapping) else numbers
+        samples = self.dataset.__getitems__(wanted)
         return [with_id(s, n, self.id_field) for s, n in zip(samples, numbers, strict=True)]
 
     def _number(self, key: int | str) -> int:
@@ -114,12 +113,6 @@ class TrackedDataset(Dataset[Any]):
         if number < 0 or number >= len(self):
             raise IndexError(f"sample {key} of {len(self):,}")
         return number
-
-    def _key(self, key: int | str, number: int) -> int | str:
-        if isinstance(self.dataset, Mapping):
-            own: int | str = self.index[number]
-            return own
-        return key if isinstance(key, str) else number
 
     def __getattr__(self, name: str) -> Any:
         # `classes`, `transform` and the like of the wrapped data set; not while unpickling, when there is none yet
@@ -140,10 +133,11 @@ class TrackedIterable(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         share, shares = (0, 1) if info is None else (info.id, info.num_workers)
-        stream = _Unsharded(self.dataset)
-        for place, sample in enumerate(stream):
-            if place % shares == share:
-                yield with_id(sample, self._number(place, sample), self.id_field)
+        for place, sample in enumerate(_Unsharded(self.dataset)):
+            # by the number, where the sample says it: every worker may have shuffled the stream in its own way
+            number = None if self.id_field is None else self._number(place, sample)
+            if (place if number is None else number) % shares == share:
+                yield with_id(sample, self._number(place, sample) if number is None else number, self.id_field)
 
     def _number(self, place: int, sample: Any) -> int:
         if self.id_field is None:
@@ -199,6 +193,18 @@ class _Unsharded:
             finally:
                 _worker._worker_info = info
             yield sample
+
+
+def sample_at(dataset: Any, number: int, sample_id: int | str) -> Any:
+    """The sample of that number and id: at the place `number`, or under its id where the data set's keys are ids."""
+    if isinstance(dataset, Mapping):
+        return dataset[sample_id]
+    try:
+        return dataset[number]
+    except (KeyError, TypeError):
+        if not isinstance(sample_id, str):  # an int is a place, for all that is known
+            raise
+    return dataset[sample_id]
 
 
 def with_id(sample: Any, number: int, id_field: str | None = None) -> Any:

@@ -34,15 +34,16 @@ class Window:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def has_room(self, logits: Tensor, targets: Tensor) -> bool:
+    def has_room(self, ids: Tensor, logits: Tensor, targets: Tensor) -> bool:
         """True where one more batch may wait with the others."""
         if self._count + len(logits) > ROWS or self._bytes + logits.nbytes > BYTES:
             return False
         if not self._rows:
             return True
-        _, first, labels, _ = self._rows[0]
-        same = first.dtype == logits.dtype and first.shape[1:] == logits.shape[1:] and first.device == logits.device
-        return same and labels.dtype == targets.dtype and labels.device == targets.device
+        numbers, first, labels, _ = self._rows[0]
+        same = first.dtype == logits.dtype and first.shape[1:] == logits.shape[1:] and labels.dtype == targets.dtype
+        pairs = ((numbers, ids), (first, logits), (labels, targets))
+        return same and all(old.device == new.device for old, new in pairs)
 
     def add(self, ids: Tensor, logits: Tensor, targets: Tensor, mixed: Tensor | bool) -> None:
         """Keep copies: the caller may write into its tensors before they are looked at."""
@@ -53,7 +54,7 @@ class Window:
 
     def take(self) -> Batch:
         """All that waits, in order; the window is empty then."""
-        rows, self._rows, self._count, self._bytes = self._rows, [], 0, 0
+        rows = self._rows
         ids, logits, targets = (torch.cat([row[i] for row in rows]) for i in range(3))  # type: ignore[misc]
         sizes = [len(row[0]) for row in rows]
         mixed = torch.zeros(len(ids), dtype=torch.bool, device=logits.device)
@@ -63,6 +64,7 @@ class Window:
                 mixed[at : at + size] = row[3]
             at += size
         numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(logits.device, non_blocking=True)
+        self._rows, self._count, self._bytes = [], 0, 0  # not before: what raises loses nothing
         return Batch(ids, logits, targets, mixed, numbers)
 
 
