@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -258,7 +259,7 @@ def test_counters_stop_where_they_say() -> None:
     rec = pw.LearnabilityRecorder(2)
     rec.update(torch.tensor([0, 1]), torch.tensor([[1.0, 0], [0, 1.0]]), torch.tensor([0, 0]))
     many = torch.zeros(70_000, dtype=torch.long)
-    z = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(35_000, 1)
+    z = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(35_000, 1)
     rec.update(many, z, many)
     rec.update(many + 1, z[:1].expand(70_000, 2), many)
     s = rec.scores()
@@ -398,3 +399,61 @@ def test_damaged_states_change_nothing(state: Any, message: str) -> None:
         rec.load_state_dict(state)
     same(rec.scores(), before)
     record(7, rec=rec, epochs=range(2))
+
+
+def train_by(ids_of: Any, seed: int = 0) -> tuple[pw.LearnabilityRecorder, torch.Tensor]:
+    """Ten epochs of shuffled batches, of logits that are mostly right; `ids_of` makes the ids of a batch."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 5, (200,), generator=draw)
+    rec = pw.LearnabilityRecorder(200)
+    for _ in range(10):
+        for place, chosen in enumerate(torch.randperm(200, generator=draw).split(50)):
+            z = torch.randn(50, 5, generator=draw) + 2 * torch.nn.functional.one_hot(labels[chosen], 5)
+            rec.update(ids_of(chosen, place), z, labels[chosen])
+    return rec, labels
+
+
+def test_labels_that_were_not_recorded_are_told_by_the_misses() -> None:
+    rec, labels = train_by(lambda chosen, place: chosen)
+    scores = rec.scores(labels)
+    assert scores.check_targets(labels) is not None
+    unknown = rec.scores()
+    for wrong in (labels.roll(1), labels.flip(0), labels[torch.randperm(200)]):
+        with pytest.raises(pw.DataError, match="were predicted as the label given here when they missed the one"):
+            pw.suspects(unknown, wrong)
+        with pytest.raises(pw.DataError, match="give the recorded labels, in the order of the sample numbers"):
+            rec.scores(wrong)
+
+
+def test_positions_for_ids_are_told_by_the_misses() -> None:
+    rec, labels = train_by(lambda chosen, place: torch.arange(50) + 50 * place)
+    with pytest.raises(pw.DataError, match="the ids were not the samples' own"):
+        rec.scores(labels)
+
+
+@pytest.mark.parametrize(("make", "warns"), [(torch.softmax, True), (torch.log_softmax, False)])
+def test_probabilities_in_place_of_logits_are_warned_of(make: Any, warns: bool) -> None:
+    rec = pw.LearnabilityRecorder(100)
+    for epoch in range(11):
+        logits = make(torch.randn(100, 5, generator=torch.Generator().manual_seed(epoch)), dim=1)
+        if epoch == 5:
+            logits[0] = float("nan")
+        rec.update(torch.arange(100), logits, torch.arange(100) % 5)
+        if epoch == 4:
+            rec.scores()  # too few to tell
+            state = rec.state_dict()
+            rec = pw.LearnabilityRecorder(100)
+            rec.load_state_dict(state)
+    with pytest.warns(UserWarning, match="raw outputs, from before its sigmoid or softmax") if warns else nullcontext():
+        rec.scores()
+
+
+def test_a_state_of_before_does_not_know_the_range_of_its_logits() -> None:
+    rec, _ = train_by(lambda chosen, place: chosen)
+    state = rec.state_dict()
+    low, high = state.pop("logit_range")
+    assert low < 0 < 1 < high
+    rec.load_state_dict(state)
+    rec.scores()
+    with pytest.raises(pw.CheckpointError, match="range of logits"):
+        rec.load_state_dict({**state, "logit_range": [0.0, "a"]})

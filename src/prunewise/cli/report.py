@@ -64,9 +64,9 @@ def summary(scores: SampleScores, targets: Any, limit: int) -> dict[str, Any]:
 
     labelled = targets is not None
     if not labelled:
-        # Labels are only shown and checked, nothing is computed from them: any will do where there are none.
+        # Labels are only shown and checked, nothing is computed from them: any that can have been missed will do.
         scores = replace(scores, info={**scores.info, "label_hash": None})
-        targets = np.zeros(len(scores), np.int64)
+        targets = np.where(scores.last_wrong == 0, 1, 0)
     found = pw.suspects(scores, targets)
     seen = scores.observations > 0
     counts, edges = np.histogram(scores.learnability[seen], BINS, (0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -126,6 +127,9 @@ def checked_state(given: Any, mine: Mapping[str, Any], length: int) -> dict[str,
         if not fits or tensor.device.type == "meta":
             found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"the state is damaged: {name} is {found}, not {wanted} {empty[name].dtype}")
+    extent = saved.setdefault("logit_range", (-math.inf, math.inf))  # states of before do not know it
+    if not isinstance(extent, (tuple, list)) or len(extent) != 2 or not all(isinstance(v, float) for v in extent):
+        raise CheckpointError("the state is damaged: its range of logits is not valid")
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()) or (name in ("counts", "small") and bool((tensor < 0).any())):
             raise CheckpointError(f"the state is damaged: {name} holds what no recorder writes (NaN, or below 0)")

@@ -39,13 +39,18 @@ def merge_states(state: State, group: dist.ProcessGroup | None = None) -> None:
             rows.copy_(_from_integers(sent, rows.dtype))
 
 
+def max_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """The elementwise maximum of a tensor over all ranks, in place."""
+    dist.all_reduce(values, dist.ReduceOp.MAX, group)
+
+
 def range_over_ranks(
     values: Tensor, unknown: int, group: dist.ProcessGroup | None = None
 ) -> tuple[list[int], list[int]]:
     """The least and the highest of each of the ints ≥ 0 over the ranks that know it; `unknown` (< 0) where none does."""
     lowest = torch.where(values == unknown, torch.iinfo(values.dtype).min, -values)
     both = torch.cat([values, lowest])
-    dist.all_reduce(both, dist.ReduceOp.MAX, group)
+    max_over_ranks(both, group)
     most, least = both[: len(values)], -both[len(values) :]
     return torch.where(most == unknown, unknown, least).tolist(), most.tolist()
 

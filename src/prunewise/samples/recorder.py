@@ -24,9 +24,10 @@ from prunewise.samples.checking import (
     numbers_of,
     require,
     require_values,
+    warn_caller,
 )
 from prunewise.samples.ids import SampleIndex
-from prunewise.samples.merging import is_distributed, merge_states, range_over_ranks, sum_over_ranks
+from prunewise.samples.merging import is_distributed, max_over_ranks, merge_states, range_over_ranks, sum_over_ranks
 from prunewise.samples.observing import REASONS, TASKS, class_dims, observe, resolve_task
 from prunewise.samples.passes import record_pass
 from prunewise.samples.scores import SampleScores, from_state
@@ -139,6 +140,7 @@ class LearnabilityRecorder:
         self._window = Window()
         self._state: State | None = None
         self._tally: Tensor | None = None
+        self._extent: Tensor | None = None  # -least and highest logit: both are maxima
         self._merged_tally = [0] * (len(REASONS) + 3)
         if device is not None:
             self._allocate(as_device(device))
@@ -238,6 +240,8 @@ class LearnabilityRecorder:
             state, tally = self._allocate(_default_device(group))
             self._agree_on_task(tally.device, group)
             merge_states(state, group)
+            assert self._extent is not None
+            max_over_ranks(self._extent, group)
             total = sum_over_ranks(tally, group).tolist()
             self._merged_tally = [a + b for a, b in zip(self._merged_tally, total, strict=True)]
             tally.zero_()
@@ -266,7 +270,10 @@ class LearnabilityRecorder:
 
         Raises:
             DataError: nothing was recorded yet; batches were left out for bad ids or labels (said once: a second call gives the
-                scores without them).
+                scores without them); `targets` are not the labels that were recorded, as far as that shows.
+
+        Warns:
+            UserWarning: the logits look like probabilities.
         """
         self._raise_deferred()
         if self._state is None or not bool((self._state.counts[:, OBSERVATIONS] > 0).any()):
@@ -278,7 +285,16 @@ class LearnabilityRecorder:
             "mode": self.mode, "task": self._task, "num_classes": self.num_classes, "el2n_window": self._el2n_window,
             "not_counted": self.not_counted, "model": model, "seed": seed,
         }  # fmt: skip
-        return from_state(self._state, self.index, info, targets)
+        low, high = self._logit_range()
+        if low >= 0 and high <= 1 and int(self._state.counts[:, OBSERVATIONS].sum()) >= _ENOUGH:
+            warn_caller(
+                f"all logits lay in [0, 1] (from {low:.3g} to {high:.3g}), as probabilities do: give update() the model's raw "
+                "outputs, from before its sigmoid or softmax. With probabilities the scores mean little"
+            )
+        scores = from_state(self._state, self.index, info, targets)
+        if targets is not None:
+            scores.check_targets(targets)
+        return scores
 
     def trace(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16] | None]:
         """The first observations: hits (N, E) bool, and margins (N, E) float16 or None. Beyond a sample's observations: False, 0.
@@ -312,6 +328,7 @@ class LearnabilityRecorder:
             "class_dim": self._class_dim,
             "tally": [0] * len(self._merged_tally) if self._tally is None else self._tally.tolist(),
             "merged_tally": list(self._merged_tally),
+            "logit_range": self._logit_range(),
             "tensors": {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()},
         }
 
@@ -328,12 +345,14 @@ class LearnabilityRecorder:
                 raise CheckpointError(f"the state is of {name}={saved[name]!r}, this recorder of {name}={asked!r}")
         tensors, tally = saved["tensors"], saved["tally"]
         device = self._state.counts.device if self._state is not None else None
-        self._window, self._state, self._tally = Window(), None, None
+        self._window, self._state, self._tally, self._extent = Window(), None, None, None
         if tensors:
             with torch.inference_mode(False):
                 loaded = {n: t.detach().to(device or t.device, copy=True) for n, t in tensors.items()}
                 self._state = State(**loaded)
                 self._tally = torch.tensor(tally, dtype=torch.int64, device=self._state.counts.device)
+                low, high = saved["logit_range"]
+                self._extent = torch.tensor([-low, high], dtype=torch.float64, device=self._state.counts.device)
         self._merged_tally, self.num_classes = list(saved["merged_tally"]), saved["num_classes"]
         task, class_dim = self._asked
         self._task = saved["task"] if task == "auto" else task
@@ -346,10 +365,10 @@ class LearnabilityRecorder:
         if self._state is None:
             self._allocate(device)
             return self
-        assert self._tally is not None
+        assert self._tally is not None and self._extent is not None
         with torch.inference_mode(False):
             self._state = State(**{n: t.to(device) for n, t in self._state.tensors().items()})
-            self._tally = self._tally.to(device)
+            self._tally, self._extent = self._tally.to(device), self._extent.to(device)
         return self
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -366,6 +385,7 @@ class LearnabilityRecorder:
             with torch.inference_mode(False):  # what is made under it cannot be written to outside
                 self._state = State.empty(self.num_samples, device, self._trace, self._trace_margins)
                 self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
+                self._extent = torch.full((2,), -math.inf, dtype=torch.float64, device=device)
         return self._state, self._tally
 
     def _agree_on_task(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
@@ -428,6 +448,9 @@ class LearnabilityRecorder:
         if home != device:
             seen = type(seen)(*(t.to(home, non_blocking=True) for t in seen))
             is_mixed = is_mixed.to(home, non_blocking=True)
+        assert self._extent is not None
+        extent = torch.stack([-given.logits.amin(), given.logits.amax()]).double().to(home, non_blocking=True)
+        self._extent.copy_(torch.fmax(self._extent, extent))  # passes over NaN
         ids = given.ids.to(home, non_blocking=True)
         batch = torch.zeros_like(ids) if given.batch is None else given.batch.to(home, non_blocking=True)
         outside = (ids < 0) | (ids >= self.num_samples)
@@ -452,6 +475,13 @@ class LearnabilityRecorder:
                 accumulate(state, ids[chosen], part, self._el2n_window, self._trace)
         tally += torch.cat([reasons.sum(0), problems])
 
+    def _logit_range(self) -> tuple[float, float]:
+        """The least and the highest logit so far; (inf, -inf) where there was none."""
+        if self._extent is None:
+            return math.inf, -math.inf
+        low, high = self._extent.tolist()
+        return -low, high
+
     def _whole_tally(self) -> list[int]:
         self._flush()
         local = [0] * len(self._merged_tally) if self._tally is None else self._tally.tolist()
@@ -472,6 +502,7 @@ class LearnabilityRecorder:
 
 
 _TRACE_MAX = 1 << 16
+_ENOUGH = 1000  # observations, by which the range of the logits is known
 
 
 def _mixture(mixed: Any, ids: Tensor) -> Tensor | bool:

@@ -131,7 +131,8 @@ class SampleScores:
         """The labels as an array, if they are those that the scores were recorded with (as far as is known).
 
         Raises:
-            DataError: another number of labels, or others than when `scores(targets)` was called.
+            DataError: another number of labels; others than when `scores(targets)` was called; or a sample whose label is what
+                the model predicted when it missed that sample's label.
         """
         labels = as_labels(targets)
         if len(labels) != len(self):
@@ -144,6 +145,15 @@ class SampleScores:
                 "these are not the labels that the scores were recorded with (their hashes differ): give the labels of the same "
                 "data set, in the order of the sample numbers"
             )
+        if labels.ndim == 1 and self.info.get("task") in ("multiclass", "binary"):
+            clash = np.flatnonzero((self.last_wrong >= 0) & (self.last_wrong == labels))
+            if len(clash):
+                first = repr(self.sample_id[clash[0]].item())[:80]
+                raise DataError(
+                    f"{len(clash):,} samples, the first {first}, were predicted as the label given here when they missed the one "
+                    "that was recorded: give the recorded labels, in the order of the sample numbers. If they are, the ids were not the "
+                    "samples' own (positions in a batch, say): see prunewise.track"
+                )
         return labels
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:

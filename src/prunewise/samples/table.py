@@ -94,7 +94,8 @@ def read_table(path: str | os.PathLike[str]) -> SampleScores:
             "or stands beside another table's manifest. Save the scores again, or copy both files again"
         )
     try:
-        table = parquet.read_table(arrow.BufferReader(raw))
+        # without threads: those that still run when a short program ends have been seen to abort it
+        table = parquet.read_table(arrow.BufferReader(raw), use_threads=False, pre_buffer=False)
         ids = table.column("sample_id").to_pylist()
         columns = {
             name: table.column(name).to_numpy().astype(np.int64 if name in _INTEGERS else np.float64)
