@@ -197,6 +197,7 @@ def test_dicts_subsets_and_own_ids() -> None:
     [
         ({"train_loader": DataLoader(list(zip(X, Y, strict=True)), 8)}, pw.DataError, r"prunewise\.track\(dataset\)"),
         ({"train_loader": [(X, Y)]}, pw.DataError, r"prunewise\.track\(dataset\)"),
+        ({"train_loader": pw.track(list(zip(X, Y, strict=True)))}, pw.DataError, "make a DataLoader of it"),
         ({"epochs": 0}, pw.DataError, "epochs=0 should be an int of at least 1"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, pw.DataError, r"one number and is \(16,\)"),
         ({"loss": lambda logits, targets: logits.sum() * float("nan")}, pw.NonFiniteError, "the loss is nan at epoch 1, step 1"),

@@ -42,7 +42,7 @@ from prunewise.samples.observing import resolve_task
 from prunewise.samples.passes import forward_batch, split_batch
 from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores
-from prunewise.samples.tracking import TrackedDataset
+from prunewise.samples.tracking import TrackedDataset, TrackedIterable
 
 _STATE = "scoring"
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -144,6 +144,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, recorder: LearnabilityRecord
 
 
 def _index_of(loader: Any) -> SampleIndex:
+    if isinstance(loader, (TrackedDataset, TrackedIterable)):
+        raise DataError("this is the tracked data set itself: make a DataLoader of it, and give that")
     dataset = getattr(loader, "dataset", None)
     while dataset is not None and not isinstance(dataset, TrackedDataset):
         dataset = getattr(dataset, "dataset", None)  # of a Subset, say

@@ -123,7 +123,7 @@ def test_bad_usage_exits_2(project, tmp_path, capsys):
         (["scores.parquet", "--targets", "absent.npy"], "absent.npy: cannot be read"),
         (["scores.parquet", "--targets", "objects.npy"], "objects.npy: cannot be read"),
         (["scores.parquet", "--targets", "many.npy"], "archive of several arrays"),
-        (["scores.parquet", "--targets", "labels"], "expected MODULE:FACTORY"),
+        (["scores.parquet", "--targets", "labels"], "expected a .npy file, or MODULE:FACTORY"),
     ]:
         assert main(["report", *arguments]) == 2
         captured = capsys.readouterr()

@@ -64,6 +64,7 @@ def test_saved_and_shown(capsys):
         (["--data", "my_samples:untracked"], 1, "prunewise.track(dataset)"),
         (["--lr", "0"], 2, "--lr 0.0: expected a number above 0"),
         (["--out", "my_samples.py/scores.parquet"], 2, "--out my_samples.py/scores.parquet: "),
+        (["--out", "scores.csv"], 2, "--out scores.csv: scores are saved as Parquet"),
         (["--out", "."], 2, "--out .: a folder"),
         (["--suspects", "-1"], 2, "argument --suspects: -1 is no whole number"),
         (["--epochs", "0"], 2, "argument --epochs: 0 is no"),

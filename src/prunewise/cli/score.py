@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.lr > 0:
         raise UsageError(f"--lr {args.lr}: expected a number above 0")
     make_folder(args.out)
+    if args.out.suffix != ".parquet":
+        raise UsageError(f"--out {args.out}: scores are saved as Parquet, expected a name that ends in .parquet")
 
     import torch
 

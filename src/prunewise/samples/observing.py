@@ -78,7 +78,9 @@ def resolve_task(task: str, logits: Tensor, targets: Tensor) -> str:
             "multilabel": "(B, K) both",
             "tokens": "(B, T, K) or (B, K, ...), and class numbers of the remaining shape",
         }
-        raise DataError(f"{shapes} ({targets.dtype}) do not fit; expected for task {task!r}: {wants[task]}")
+        numbers = logits.ndim > 1 and not one and targets.shape == (*logits.shape[:1], *logits.shape[2:]) and not labels
+        remedy = "; class numbers are whole numbers: targets.long()" if numbers else ""
+        raise DataError(f"{shapes} ({targets.dtype}) do not fit; expected for task {task!r}: {wants[task]}{remedy}")
     return task
 
 

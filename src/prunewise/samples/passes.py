@@ -67,7 +67,8 @@ def split_batch(batch: Any) -> tuple[Any, dict[str, Any] | tuple[Any], Any]:
         found += f" of {len(batch)}"
     raise DataError(
         f"the loader gives {found}: expected (inputs, targets, sample ids) of a tracked data set, or a dict with "
-        f"'{FIELD}' and 'labels'; otherwise give forward=, a function of (model, batch)"
+        f"'{FIELD}' and 'labels'. A collate_fn of your own has to pass the sample ids on; `LearnabilityRecorder.clean_pass` takes "
+        "batches of any form by forward="
     )
 
 

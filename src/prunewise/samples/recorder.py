@@ -21,6 +21,7 @@ from prunewise.samples.checking import (
     check_ids,
     check_labels,
     checked_state,
+    kind_of,
     numbers_of,
     require,
     require_values,
@@ -163,10 +164,11 @@ class LearnabilityRecorder:
             DataError: shapes do not fit the task, which must stay the same, as must the number of classes; on the CPU also: an
                 id out of range, a label that is no class. Nothing of the batch is recorded then.
         """
-        given: tuple[Any, ...] = (sample_ids, logits, targets)
-        if not all(isinstance(v, Tensor) for v in given[1:]):
-            what = ", ".join(type(v).__name__ for v in given)
-            raise DataError(f"update takes sample ids, logits and targets as tensors; got {what}")
+        for name, value in (("logits", logits), ("targets", targets)):
+            require(
+                isinstance(value, Tensor),
+                f"update takes the {name} as a tensor; got {kind_of(value)} (targets are class numbers from 0)",
+            )
         if self._state is None or not self._state.counts.is_meta:
             require_values(logits=logits, targets=targets, sample_ids=sample_ids, mixed=mixed)
         task = resolve_task(self._task, logits, targets)
