@@ -11,9 +11,9 @@ fraction of their width): the networks reach 45 to 55 % and rank samples by what
 pairs 0.70 to 0.80, clean passes 0.03 to 0.05 above training passes; Spearman 0.02 below Pearson. With 50,000 images and 100
 epochs most samples are nearly always right, a few never: Pearson above 0.8 for all pairs in the clean pass, Spearman below it.
 
-Those short schedules came out at 0.65 to 0.76 (ceilings 0.74 to 0.85). Prediction for 5,000 images, 30 epochs, a rate for each of the
-networks: every image is seen twice as often by networks that know more, so ceilings 0.83 to 0.90, pairs 0.72 to 0.82; the goal is met
-by ResNet-20 and VGG-16 alone.
+Those short schedules came out at 0.65 to 0.76 (ceilings 0.74 to 0.85). Prediction for 5,000 images, 30 epochs, a rate for each of
+the networks: every image is seen twice as often by networks that know more, so ceilings 0.83 to 0.90, pairs 0.72 to 0.82; the
+goal is met by ResNet-20 and VGG-16 alone.
 
     python benchmarks/architectures.py --data CIFAR --train-subset 5000 --epochs 30 --lr 0.05,0.02,0.05 --bf16
     python benchmarks/architectures.py --data CIFAR --epochs 100 --models resnet20,vgg16,mobilenet      # the paper's size

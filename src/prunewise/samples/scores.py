@@ -151,8 +151,8 @@ class SampleScores:
                 first = repr(self.sample_id[clash[0]].item())[:80]
                 raise DataError(
                     f"{len(clash):,} samples, the first {first}, were predicted as the label given here when they missed the one "
-                    "that was recorded: give the recorded labels, in the order of the sample numbers. If they are, the ids were not "
-                    "the samples' own (positions in a batch, say): see prunewise.track"
+                    "that was recorded: give the recorded labels, in the order of the sample numbers. If they are, the ids were "
+                    "not the samples' own (positions in a batch, say): see prunewise.track"
                 )
         return labels
 
