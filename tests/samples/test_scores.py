@@ -158,7 +158,7 @@ def test_some_by_number_or_by_mask() -> None:
     mask[[3, 4]] = True
     assert scores.take(mask).sample_id.tolist() == scores.take([3, 4]).sample_id.tolist() == [300, 400]
     assert len(scores.take([])) == 0
-    for wrong in ([1.7], [N], [-1], [True], [[1]], ["a"]):
+    for wrong in ([1.7], [N], [-1], [True], [[1]], ["a"], [[1], [2, 3]]):
         with pytest.raises(pw.DataError, match=f"numbers of samples, from 0 to {N - 1}"):
             scores.take(wrong)
 
@@ -171,5 +171,7 @@ def test_ids_that_no_file_keeps(ids: Any) -> None:
 
 def test_labels_of_any_kind() -> None:
     assert made(labels=LABELS.bfloat16()).info["label_hash"] == made().info["label_hash"]
-    with pytest.raises(pw.DataError, match="no array"):
-        made(labels=[[1], [2, 3]] * (N // 2))
+    assert made(labels=LABELS.to(torch.float8_e4m3fn)).info["label_hash"] == made().info["label_hash"]
+    for none in ([[1], [2, 3]] * (N // 2), LABELS.to_sparse(), LABELS.to("meta")):
+        with pytest.raises(pw.DataError, match="no array"):
+            made(labels=none)

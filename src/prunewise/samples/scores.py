@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from prunewise.core.errors import DataError
-from prunewise.samples.checking import kind_of
+from prunewise.samples.checking import array_of, kind_of
 from prunewise.samples.ids import SampleIndex, hash_array
 from prunewise.samples.state import (
     AUM,
@@ -108,22 +106,20 @@ class SampleScores:
 
     def difficulty(self, by: str = "learnability") -> Floats:
         """The score `by`, turned so that higher = harder."""
-        if not isinstance(by, str) or by not in DIRECTION:
-            raise DataError(f"{by!r} is no score of difficulty: choose one of {', '.join(DIRECTION)}")
+        require_difficulty(by)
         return np.asarray(getattr(self, by), dtype=np.float64) * DIRECTION[by]
 
     def take(self, numbers: Any) -> SampleScores:
         """The scores of some samples, by number or by a mask, (N,) bool, as scores of a data set of their own."""
-        chosen = np.asarray(numbers)
+        wanted = f"numbers of samples, from 0 to {len(self) - 1}, or one truth value a sample"
+        chosen = array_of(numbers, "the samples to take", f"give {wanted}")
         if chosen.dtype == bool and chosen.shape == (len(self),):
             chosen = np.flatnonzero(chosen)
         if not chosen.size:
             chosen = chosen.astype(np.int64)
         valid = chosen.ndim == 1 and chosen.dtype.kind in "iu"
         if not valid or (chosen.size and (chosen.min() < 0 or chosen.max() >= len(self))):
-            raise DataError(
-                f"{str(numbers)[:80]} should be numbers of samples, from 0 to {len(self) - 1}, or one truth value a sample"
-            )
+            raise DataError(f"{str(numbers)[:80]} should be {wanted}")
         columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
         return SampleScores(**columns, info={**self.info, "label_hash": None})
 
@@ -234,15 +230,15 @@ def require_scores(scores: Any) -> None:
         raise DataError(f"expected SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
 
 
+def require_difficulty(by: Any) -> None:
+    """Raise `DataError` for anything but the name of a score of difficulty."""
+    if not isinstance(by, str) or by not in DIRECTION:
+        raise DataError(f"{by!r} is no score of difficulty: choose one of {', '.join(DIRECTION)}")
+
+
 def as_labels(targets: Any) -> npt.NDArray[Any]:
     """Labels as an array with a row a sample: whole numbers where they are such, so that 1 and 1.0 are the same label."""
-    if isinstance(targets, Tensor):
-        targets = targets.detach().cpu()
-        targets = targets.float() if targets.dtype == torch.bfloat16 else targets  # NumPy has no such type
-    try:
-        labels = np.asarray(targets)
-    except ValueError as error:
-        raise DataError(f"the labels are no array ({error}): give one label a sample") from error
+    labels = array_of(targets, "the labels", "give one label a sample")
     if labels.ndim == 0 or labels.dtype.kind not in "biufUS":
         raise DataError(f"the labels are {labels.dtype} of shape {labels.shape}: give one label a sample")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
