@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
 from prunewise.samples.checking import array_of, kind_of
 from prunewise.samples.ids import SampleIndex, hash_array
@@ -150,6 +151,7 @@ class SampleScores:
         Raises:
             PrunewiseError: pyarrow is not installed.
             CheckpointError: the folder cannot be written to.
+            DataError: a sample is there twice, as `take` may give it.
         """
         from prunewise.samples.table import write_table
 
@@ -175,7 +177,7 @@ class SampleScores:
         if targets is not None:
             scores.check_targets(targets)
         if sample_ids is not None:
-            index = sample_ids if isinstance(sample_ids, SampleIndex) else SampleIndex(sample_ids)
+            index = _index_of(sample_ids)
             if index.hash() != hash_array(scores.sample_id):
                 raise DataError(
                     f"{path} holds the scores of another data set: {len(scores):,} samples, and the ids are not those of the "
@@ -244,6 +246,17 @@ def as_labels(targets: Any) -> npt.NDArray[Any]:
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
         return labels.astype(np.int64)
     return labels.astype(np.int64) if labels.dtype.kind in "biu" else labels
+
+
+def _index_of(sample_ids: Any) -> SampleIndex:
+    """The index of ids in order, or of their number."""
+    if isinstance(sample_ids, SampleIndex):
+        return sample_ids
+    if getattr(sample_ids, "ndim", None) == 0:
+        sample_ids = sample_ids.item()  # NumPy's ints
+    if not is_count(sample_ids) and not isinstance(sample_ids, Iterable):
+        raise DataError(f"sample_ids={sample_ids!r} should be the ids in order, or their number")
+    return SampleIndex(sample_ids)
 
 
 def _unseen_as_nan(values: Floats, observations: Ints) -> Floats:
