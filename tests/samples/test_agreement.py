@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,17 @@ def test_intervals_hold_the_value_and_shrink_with_more_samples() -> None:
     assert found.table().count("\n") == 1 + 3
 
 
+def test_one_resample_is_held_at_a_time() -> None:
+    n, bootstrap = 10_000, 100
+    given = [scores_of(np.linspace(0.1, 1, n))] * 2
+    tracemalloc.start()
+    try:
+        pw.agreement(given, top=np.float32(0.1), bootstrap=bootstrap)
+        assert tracemalloc.get_traced_memory()[1] < 8 * n * bootstrap / 2
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_ranking_that_is_noise_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="mostly noise") as caught:
         found = pw.agreement(runs(5.0), bootstrap=30)
@@ -111,6 +123,7 @@ def test_samples_that_a_run_never_saw_are_left_out() -> None:
         (lambda: pw.agreement(runs(0.1), top=1.5), "top=1.5"),
         (lambda: pw.agreement(runs(0.1), top=0), "top=0"),
         (lambda: pw.agreement(runs(0.1), bootstrap=0), "bootstrap=0"),
+        (lambda: pw.agreement(runs(0.1), bootstrap=True), "bootstrap=True"),
     ],
 )
 def test_what_cannot_be_compared(make: Any, message: str) -> None:
