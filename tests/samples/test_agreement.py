@@ -37,6 +37,7 @@ def test_against_scipy() -> None:
             assert found.pearson[i, j] == pytest.approx(stats.pearsonr(a, b)[0], abs=1e-12)
             assert found.spearman[i, j] == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
     assert found.samples == N and found.top == 20 and not found.noisy
+    assert pw.agreement(given, top=np.float32(0.1), bootstrap=1).top == 20
 
 
 def test_ranks_share_ties() -> None:
@@ -74,7 +75,7 @@ def test_one_resample_is_held_at_a_time() -> None:
     given = [scores_of(np.linspace(0.1, 1, n))] * 2
     tracemalloc.start()
     try:
-        pw.agreement(given, top=np.float32(0.1), bootstrap=bootstrap)
+        pw.agreement(given, bootstrap=bootstrap)
         assert tracemalloc.get_traced_memory()[1] < 8 * n * bootstrap / 2
     finally:
         tracemalloc.stop()
