@@ -192,6 +192,16 @@ def test_dicts_subsets_and_own_ids() -> None:
     assert scores.info["label_hash"] is None, "the labels of the others are not known"
 
 
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
+def test_labels_that_are_no_classes(loss: Any) -> None:
+    data = pw.track([(x, 2 * int(y)) for x, y in zip(X, Y, strict=True)])
+    with pytest.raises(pw.DataError, match="have labels that do not fit 2 classes"):
+        pw.score_samples(network(), DataLoader(data, 16), epochs=1, loss=loss, progress=False)
+    named = pw.track([(x, "ab"[y]) for x, y in zip(X, Y, strict=True)])
+    with pytest.raises(pw.DataError, match="targets as tensors"):
+        pw.score_samples(network(), DataLoader(named, 16), epochs=1, loss=loss, progress=False)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -37,6 +37,7 @@ from prunewise.core.batch import moved, one_number
 from prunewise.core.errors import CheckpointError, DataError
 from prunewise.core.plan import fingerprint
 from prunewise.core.untouched import copied
+from prunewise.samples.checking import check_labels
 from prunewise.samples.ids import SampleIndex
 from prunewise.samples.observing import resolve_task
 from prunewise.samples.passes import forward_batch, split_batch
@@ -45,6 +46,7 @@ from prunewise.samples.scores import SampleScores
 from prunewise.samples.tracking import TrackedDataset, TrackedIterable
 
 _STATE = "scoring"
+_IGNORED = -100  # the label that cross_entropy leaves out, and the recorder
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -80,7 +82,7 @@ def score_samples(
         progress: show a bar (with rich, on a terminal) or a line an epoch, on stderr.
 
     Raises:
-        DataError: the data set is not tracked, the loader or a setting cannot be used.
+        DataError: the data set is not tracked, a label is no class, the loader or a setting cannot be used.
         NonFiniteError: the loss is not finite; nothing of that step was applied.
         CheckpointError: the folder holds another run, or is damaged.
 
@@ -117,13 +119,13 @@ def score_samples(
             for step, batch in enumerate(train_loader):
                 set_rates(made, rates, lr_schedule, steps.share(epoch, step))
                 ids, logits, targets = forward_batch(network, moved(batch, device))
+                recorder.update(ids, logits.detach(), targets)  # before the loss: it says what is wrong with labels
                 told = _cross_entropy(logits, targets, recorder) if criterion is None else criterion(logits, targets)
                 value = one_number(told)
                 summed += finite(value, epoch, step)
                 made.zero_grad(set_to_none=True)
                 value.backward()
                 made.step()
-                recorder.update(ids, logits.detach(), targets)
                 labels.note(ids, targets)
                 display.step(steps.before(epoch) + step + 1)
             if step < 0:
@@ -140,6 +142,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, recorder: LearnabilityRecord
         return nn.functional.binary_cross_entropy_with_logits(logits.reshape(-1), targets.reshape(-1).to(logits.dtype))
     if task == "tokens":
         logits = logits.movedim(recorder.class_dim_of(logits, targets), 1)
+    # On a GPU the recorder looks at labels later, and a wrong one in the loss is the end of the process.
+    check_labels(task, targets, logits.shape[1], _IGNORED)
     return nn.functional.cross_entropy(logits, targets)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ def test_against_scipy() -> None:
             assert found.pearson[i, j] == pytest.approx(stats.pearsonr(a, b)[0], abs=1e-12)
             assert found.spearman[i, j] == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
     assert found.samples == N and found.top == 20 and not found.noisy
+    assert pw.agreement(given, top=np.float32(0.1), bootstrap=1).top == 20
 
 
 def test_ranks_share_ties() -> None:
@@ -66,6 +68,17 @@ def test_intervals_hold_the_value_and_shrink_with_more_samples() -> None:
     again = pw.agreement(runs(0.15), bootstrap=100)
     assert again.pearson_intervals == found.pearson_intervals  # the seed decides
     assert found.table().count("\n") == 1 + 3
+
+
+def test_one_resample_is_held_at_a_time() -> None:
+    n, bootstrap = 10_000, 100
+    given = [scores_of(np.linspace(0.1, 1, n))] * 2
+    tracemalloc.start()
+    try:
+        pw.agreement(given, bootstrap=bootstrap)
+        assert tracemalloc.get_traced_memory()[1] < 8 * n * bootstrap / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_ranking_that_is_noise_is_warned_of() -> None:
@@ -111,6 +124,7 @@ def test_samples_that_a_run_never_saw_are_left_out() -> None:
         (lambda: pw.agreement(runs(0.1), top=1.5), "top=1.5"),
         (lambda: pw.agreement(runs(0.1), top=0), "top=0"),
         (lambda: pw.agreement(runs(0.1), bootstrap=0), "bootstrap=0"),
+        (lambda: pw.agreement(runs(0.1), bootstrap=True), "bootstrap=True"),
     ],
 )
 def test_what_cannot_be_compared(make: Any, message: str) -> None:

@@ -104,17 +104,26 @@ def test_ids_and_not_positions() -> None:
     assert texts_of(pw.gallery(with_ids(NAMES), tracked, count=3)) == ["text 1", "text 3", "text 0"]
     numbered = pw.track([TEXTS[i] for i in order], ids=order)
     assert texts_of(pw.gallery(SCORES.take([3, 1]), numbered)) == ["text 3", "text 1"]
+    scores = with_ids(order)
+    for given in (scores, scores.take(np.argsort(order))):  # the ids of the second happen to be 0, 1, ... N-1
+        assert texts_of(pw.gallery(given, numbered, count=2)) == ["text 2", "text 5"]
     subset = Subset(Subset(tracked, [3, 1]), [0])
     assert texts_of(pw.gallery(with_ids(NAMES), subset, count=1)) == ["text 1"]
 
 
 def test_a_recorder_without_ids_has_numbers_for_ids() -> None:
-    tracked = pw.track(TEXTS, ids=[5, 4, 3, 2, 1, 0])
+    tracked = pw.track(TEXTS, ids=[6, 5, 4, 3, 2, 1])
     recorder = pw.LearnabilityRecorder(N)
     for text, label, number in DataLoader(tracked, batch_size=2, shuffle=True):
         right = torch.tensor([t == "text 4" for t in text])
         recorder.update(number, torch.nn.functional.one_hot(torch.where(right, label, 1 - label), 2).float(), label)
     assert texts_of(pw.gallery(recorder.scores(), tracked, "easiest", count=1)) == ["text 4"]
+
+
+def test_some_of_the_scores_of_a_tracked_set() -> None:
+    tracked = pw.track(TEXTS)
+    for some in ([0, 1, 2], [1, 2, 3]):
+        assert texts_of(pw.gallery(SCORES.take(some), tracked, count=1)) == ["text 1"]
 
 
 class ByName(Dataset):
@@ -352,6 +361,7 @@ def test_cells_are_short() -> None:
         (lambda: pw.gallery(SCORES, TEXTS, count=0), "count=0"),
         (lambda: pw.gallery(SCORES, TEXTS, count=True), "count=True"),
         (lambda: pw.gallery(SCORES, TEXTS, by="size"), "no score of difficulty"),
+        (lambda: pw.gallery(SCORES, TEXTS, class_names=5), "class_names are an int"),  # type: ignore[arg-type]
         (lambda: pw.gallery(SCORES, TEXTS, targets=[1]), "1 labels for the scores of 6"),
         (lambda: pw.gallery(SCORES, TEXTS).plot(), "these samples are texts: use .table"),
         (lambda: pw.gallery(SCORES, np.zeros((N, 2, 2))).plot(columns=0), "columns=0"),

@@ -68,6 +68,15 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         pw.plot_histogram(SCORES, np.zeros((N, 2)))
     with pytest.raises(pw.DataError, match="different samples"):
         pw.plot_agreement(SCORES, scores_of(SHARE[1:]))
+    for wrong, message in (
+        (lambda: pw.plot_data_map(None), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.plot_histogram(None), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.plot_histogram(SCORES, bins=-1), "bins=-1"),
+        (lambda: pw.plot_data_map(SCORES, seed=-1), "seed=-1"),
+        (lambda: pw.plot_data_map(SCORES, max_points=-1), "max_points=-1"),
+    ):
+        with pytest.raises(pw.DataError, match=message):
+            wrong()
     hide_matplotlib(monkeypatch)
     with pytest.raises(pw.PrunewiseError, match="prunewise.plot."):
         pw.plot_data_map(SCORES)

@@ -101,10 +101,49 @@ def test_states_of_others_change_nothing(kind: int) -> None:
         {**good, "epoch": -1},
         {**good, "position": "x"},
         {**good, "num_replicas": 2},
+        {**good, "n": torch.tensor([1, 2])},
+        {**good, "epoch": 1, "position": N + 1},
     ):
         with pytest.raises(pw.CheckpointError):
             sampler.load_state_dict(state)
-    assert list(sampler) == before
+    assert list(sampler) == before and sampler.state_dict()["epoch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "others"),
+    [
+        (
+            pw.WeightedSampler(SCORES),
+            [{"num_samples": 3}, {"strength": 2.0}, {"by": "loss"}, {"chances": np.ones(N)}],
+        ),
+        (pw.WeightedSampler(SCORES, chances=np.ones(N)), [{}, {"chances": np.arange(1, N + 1)}]),
+        (
+            pw.CurriculumSampler(SCORES, epochs=4),
+            [{"order": "hard_first"}, {"epochs": 5}, {"start": 0.5}, {"power": 2.0}, {"by": "loss"}],
+        ),
+        (
+            pw.InfoBatchSampler(SCORES, epochs=8),
+            [{"epochs": 9}, {"ratio": 0.1}, {"anneal": 0.5}, {"by": "aum"}],
+        ),
+    ],
+)
+def test_states_of_other_settings_are_refused(sampler: Any, others: list[dict[str, Any]]) -> None:
+    given = {} if isinstance(sampler, pw.WeightedSampler) else {"epochs": sampler.state_dict()["epochs"]}
+    for changed in others:
+        with pytest.raises(pw.CheckpointError, match="this sampler"):
+            type(sampler)(SCORES, **{**given, **changed}).load_state_dict(sampler.state_dict())
+
+
+@pytest.mark.parametrize(
+    "easy",
+    [None, torch.tensor(3, dtype=torch.uint8), torch.zeros(8, 3).byte(), torch.zeros(8), torch.full((8,), 255).byte()],
+)
+def test_damaged_easy_samples_change_nothing(easy: Any) -> None:
+    sampler = pw.InfoBatchSampler(SCORES, epochs=8)
+    before = list(sampler)
+    with pytest.raises(pw.CheckpointError, match="damaged"):
+        sampler.load_state_dict({**sampler.state_dict(), "epoch": 3, "easy": easy})
+    assert sampler.epoch == 0 and list(sampler) == before
 
 
 def test_with_a_loader_and_a_recorder() -> None:
@@ -144,6 +183,13 @@ def test_weights_make_the_mean_unbiased(given: dict[str, Any]) -> None:
 def test_ties_have_the_same_chance() -> None:
     sampler = pw.WeightedSampler(scores_of([0.5, 0.2, 0.5, 0.5]))
     assert sampler.weights[0] == sampler.weights[2] == sampler.weights[3] > sampler.weights[1]
+
+
+def test_chances_of_any_size() -> None:
+    ones = pw.WeightedSampler(SCORES, chances=np.ones(N))
+    assert torch.equal(ones.weights, torch.ones(N))
+    for chances in (np.full(N, 1e308), [2**62] * N, torch.ones(N, requires_grad=True), torch.ones(N).bfloat16()):
+        assert list(pw.WeightedSampler(SCORES, chances=chances)) == list(ones)
 
 
 # -- curriculum ---------------------------------------------------------------------------------------------------
@@ -202,6 +248,14 @@ def test_infobatch_starts_with_nothing_known() -> None:
         assert 1 in list(two)  # never observed, so never skipped
 
 
+@pytest.mark.parametrize("n", [3, 7, 1000])
+def test_equal_samples_are_not_easy(n: int) -> None:
+    for share in np.arange(1, 10) / 10:
+        equal = scores_of(np.full(n, share))
+        sampler = pw.InfoBatchSampler(equal, epochs=10, by="learnability")
+        assert len(sampler) == n and torch.equal(sampler.weights, torch.ones(n)), share
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +284,16 @@ def test_infobatch_starts_with_nothing_known() -> None:
         (lambda: pw.InfoBatchSampler(SCORES, epochs=2, anneal=2), "anneal=2"),
         (lambda: pw.InfoBatchSampler([1], epochs=2), "number of samples"),  # type: ignore[arg-type]
         (lambda: pw.InfoBatchSampler(5, epochs=2).refresh(SCORES), "scores of 5 samples"),
+        (lambda: pw.InfoBatchSampler(5, epochs=2, by="lss"), "'lss' is no score of difficulty"),
+        (lambda: pw.WeightedSampler(None), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.WeightedSampler(5), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.WeightedSampler([1, 2], chances=[1, 1]), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.WeightedSampler(SCORES.take([])), "no samples to draw from"),
+        (lambda: pw.CurriculumSampler(None, epochs=3), "expected SampleScores"),  # type: ignore[arg-type]
+        (lambda: pw.WeightedSampler(SCORES, chances="abcdef"), "60 positive numbers"),
+        (lambda: pw.WeightedSampler(SCORES, chances=[[1], [1, 2]]), "60 positive numbers"),
+        (lambda: pw.WeightedSampler(SCORES, chances=[1e-300, *[1.0] * (N - 1)]), "differ by so much"),
+        (lambda: pw.WeightedSampler(SCORES, chances=[1e-300, 1e200, *[1.0] * (N - 2)]), "differ by so much"),
     ],
 )
 def test_what_is_refused(make: Any, message: str) -> None:

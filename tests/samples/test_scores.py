@@ -31,12 +31,24 @@ def made(ids: Any = None, labels: Any = LABELS, seed: int = 0) -> pw.SampleScore
 def test_what_was_saved_comes_back(tmp_path: Path, ids: Any) -> None:
     s = made(ids)
     s.to_parquet(tmp_path / "deep" / "s.parquet")
-    back = pw.SampleScores.from_parquet(tmp_path / "deep" / "s.parquet", targets=LABELS, sample_ids=ids or N)
+    own = np.int64(N) if ids is None else ids
+    back = pw.SampleScores.from_parquet(tmp_path / "deep" / "s.parquet", targets=LABELS, sample_ids=own)
     for name in (*COLUMNS, "learnability", "forgetting"):
         np.testing.assert_array_equal(getattr(back, name), getattr(s, name), err_msg=name)
     assert dict(back.info) == dict(s.info)
     assert back.info["model"] == "mlp" and back.info["mode"] == "train" and back.info["label_hash"]
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["s.parquet", "s.parquet.json"]
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    for ids in (None, [f"a{i}" for i in range(N)]):
+        made(ids).take([]).to_parquet(path)
+        assert len(pw.SampleScores.from_parquet(path, sample_ids=0)) == 0
+    path.unlink()
+    with pytest.raises(pw.DataError, match="sample id 3 stands twice"):
+        made().take([3, 3]).to_parquet(path)
+    assert not path.exists()
 
 
 def test_other_readers_find_one_row_a_sample(tmp_path: Path) -> None:
@@ -67,6 +79,9 @@ def test_another_data_set_is_an_error(tmp_path: Path) -> None:
         ({"targets": LABELS[:-1]}, "11 labels for the scores of 12"),
         ({"sample_ids": [f"b{i}" for i in range(N)]}, "scores of another data set"),
         ({"sample_ids": N}, "scores of another data set"),
+        ({"sample_ids": 2.5}, "sample_ids=2.5 should be the ids"),
+        ({"sample_ids": True}, "sample_ids=True should be the ids"),
+        ({"sample_ids": -1}, "sample_ids=-1 should be the ids"),
     ):
         with pytest.raises(pw.DataError, match=message):
             pw.SampleScores.from_parquet(path, **given)  # type: ignore[arg-type]
@@ -158,7 +173,7 @@ def test_some_by_number_or_by_mask() -> None:
     mask[[3, 4]] = True
     assert scores.take(mask).sample_id.tolist() == scores.take([3, 4]).sample_id.tolist() == [300, 400]
     assert len(scores.take([])) == 0
-    for wrong in ([1.7], [N], [-1], [True], [[1]], ["a"]):
+    for wrong in ([1.7], [N], [-1], [True], [[1]], ["a"], [[1], [2, 3]]):
         with pytest.raises(pw.DataError, match=f"numbers of samples, from 0 to {N - 1}"):
             scores.take(wrong)
 
@@ -171,5 +186,7 @@ def test_ids_that_no_file_keeps(ids: Any) -> None:
 
 def test_labels_of_any_kind() -> None:
     assert made(labels=LABELS.bfloat16()).info["label_hash"] == made().info["label_hash"]
-    with pytest.raises(pw.DataError, match="no array"):
-        made(labels=[[1], [2, 3]] * (N // 2))
+    assert made(labels=LABELS.to(torch.float8_e4m3fn)).info["label_hash"] == made().info["label_hash"]
+    for none in ([[1], [2, 3]] * (N // 2), LABELS.to_sparse(), LABELS.to("meta")):
+        with pytest.raises(pw.DataError, match="no array"):
+            made(labels=none)

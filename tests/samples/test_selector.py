@@ -50,6 +50,29 @@ def test_scikit_learn_clones_it() -> None:
     assert copy.get_params() == selector.get_params() and not hasattr(copy, "support_")
 
 
+def test_scikit_learn_shows_it_and_tells_whether_it_is_fitted() -> None:
+    utils = pytest.importorskip("sklearn.utils")
+    from sklearn.exceptions import NotFittedError
+    from sklearn.pipeline import Pipeline
+    from sklearn.utils.validation import check_is_fitted
+
+    pipeline = Pipeline([("select", pw.SampleSelector(0.25))])
+    assert "SampleSelector" in pipeline._repr_html_()
+    with pytest.raises(NotFittedError):
+        check_is_fitted(pw.SampleSelector())
+    check_is_fitted(pw.SampleSelector().fit(SCORES))
+    if hasattr(utils, "get_tags"):  # since 1.6
+        assert not utils.get_tags(pw.SampleSelector()).target_tags.required
+
+
+def test_labels_by_either_name() -> None:
+    by_place = pw.SampleSelector().fit(SCORES, np.zeros(N))
+    for given in ({"targets": np.zeros(N)}, {"y": np.zeros(N)}):
+        np.testing.assert_array_equal(pw.SampleSelector().fit(SCORES, **given).support_, by_place.support_)
+    with pytest.raises(pw.DataError, match="labels twice"):
+        pw.SampleSelector().fit(SCORES, np.zeros(N), y=np.zeros(N))
+
+
 def test_bad_input() -> None:
     with pytest.raises(pw.DataError, match="not fitted"):
         pw.SampleSelector().get_support()

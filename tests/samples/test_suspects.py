@@ -428,11 +428,17 @@ def test_ties_are_broken_by_the_seed_and_not_by_position() -> None:
      ({"drop_hardest": "x"}, "drop_hardest='x'"), ({"fraction": "x"}, "fraction='x'"), ({"seed": -1}, "seed=-1"),
      ({"by": ["aum"]}, "no score of difficulty"), ({"strata": 0}, "strata=0"), ({"by": "size"}, "no score of difficulty"),
      ({"without": [9]}, r"without=\[9\] should hold numbers of samples, from 0 to 8"), ({"without": [-1]}, "from 0 to 8"),
+     ({"without": [[1], [1, 2]]}, "from 0 to 8"),
      ({"without": ["a"]}, "from 0 to 8"), ({"without": [True]}, "from 0 to 8"), ({"without": range(9)}, "nothing is left")],
 )  # fmt: skip
 def test_bad_subsets(given: dict[str, Any], message: str) -> None:
     with pytest.raises(pw.DataError, match=message):
         pw.select_subset(scores_of(np.linspace(0, 1, 9)), **{"fraction": 0.5, **given})
+
+
+def test_shares_of_any_precision() -> None:
+    s = scores_of(np.linspace(0, 1, 9))
+    assert pw.select_subset(s, np.float32(0.5)).tolist() == pw.select_subset(s, 0.5).tolist()
 
 
 def test_unseen_samples_have_no_difficulty() -> None:

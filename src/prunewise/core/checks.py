@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,8 @@ def is_count(value: Any, least: int = 0) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite int or float; truth values are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite int or float, NumPy's too; truth values are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def require_module(model: object) -> None:

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from prunewise.core.checks import is_count
+from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import DataError
 from prunewise.samples.checking import warn_caller
 from prunewise.samples.scores import SampleScores
@@ -115,7 +115,7 @@ def agreement(
         raise DataError("agreement compares two or more SampleScores: give a list of them")
     for number, other in enumerate(runs[1:], 1):
         _require_same(runs[0], other, number)
-    if not isinstance(bootstrap, int) or bootstrap < 1:
+    if not is_count(bootstrap, 1):
         raise DataError(f"bootstrap={bootstrap!r} should be a number of resamples, at least 1")
     if not is_count(seed):
         raise DataError(f"seed={seed!r} should be an int of at least 0")
@@ -125,16 +125,20 @@ def agreement(
     if n < 3:
         raise DataError(f"{n} samples were observed in all runs: agreement needs at least 3")
     k = _count(top, n)
-    draws = np.random.default_rng(seed).integers(n, size=(bootstrap, n), dtype=np.int64)
     size = len(runs)
+    couples = list(combinations(range(size), 2))
+    random = np.random.default_rng(seed)
+    resampled = np.empty((bootstrap, len(couples), 3))
+    for measures in resampled:  # one resample at a time: all of them are `bootstrap` times as many numbers as samples
+        drawn = values[:, random.integers(n, size=n)]
+        measures[:] = [_measures(drawn[i], drawn[j], k) for i, j in couples]
     matrices = [np.eye(size) for _ in range(3)]
     intervals: list[dict[tuple[int, int], Estimate]] = [{}, {}, {}]
-    for i, j in combinations(range(size), 2):
+    for at, (i, j) in enumerate(couples):
         measured = _measures(values[i], values[j], k)
-        resampled = np.array([_measures(values[i, d], values[j, d], k) for d in draws])
         for which in range(3):
             matrices[which][i, j] = matrices[which][j, i] = measured[which]
-            spread = resampled[:, which]
+            spread = resampled[:, at, which]
             spread = spread[np.isfinite(spread)]
             low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (np.nan, np.nan)
             intervals[which][i, j] = Estimate(measured[which], float(low), float(high))
@@ -186,8 +190,7 @@ def _require_same(first: SampleScores, other: SampleScores, number: int) -> None
 
 
 def _count(top: float | int, n: int) -> int:
-    valid = isinstance(top, (int, float)) and not isinstance(top, bool)
-    count = max(1, round(top * n)) if valid and isinstance(top, float) and 0 < top < 1 else top
-    if not valid or isinstance(count, float) or not 1 <= count <= n:
+    count = max(1, round(float(top) * n)) if is_number(top) and 0 < top < 1 else top
+    if not is_count(count, 1) or count > n:
         raise DataError(f"top={top!r} should be a share in (0, 1) or a count of at most {n:,} samples")
     return int(count)

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -136,6 +137,19 @@ def checked_state(given: Any, mine: Mapping[str, Any], length: int) -> dict[str,
     if tensors and bool((tensors["counts"][:, 1] > tensors["counts"][:, 0]).any()):
         raise CheckpointError("the state is damaged: some samples have more hits than observations")
     return saved
+
+
+def array_of(values: Any, what: str, remedy: str) -> npt.NDArray[Any]:
+    """`values` as an array; `DataError`, with `what` they are and a `remedy`, where they are none: ragged lists, sparse tensors."""
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            # NumPy has no bfloat16, and no 8-bit floats
+            narrow = values.is_floating_point() and values.element_size() <= 2
+            values = (values.float() if narrow else values).numpy()
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{what} are no array ({str(error)[:200]}): {remedy}") from error
 
 
 def require(condition: bool, message: str) -> None:

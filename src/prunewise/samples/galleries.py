@@ -169,8 +169,8 @@ def gallery(
     """The samples that a score puts first, with id, label and score: images, texts or tabular rows.
 
     Samples are looked up by their ids: in a data set of `track` (or a `Subset` of one) by the ids that it knows, in a mapping by
-    its keys, and in any other by position if the ids are 0, 1, ... N-1. They are shown as the data set gives them, so give
-    one without augmentation.
+    its keys, and in any other by position if the ids are 0, 1, ... N-1. So are they in a tracked one that knows no such ids: a
+    recorder made without `ids` has numbers for them. They are shown as the data set gives them, so give one without augmentation.
 
     Images are tensors (C, H, W) or (H, W), arrays (H, W, C) too, with C of 1, 3 or 4, and PIL images. Values outside of
     [0, 1] that are not those of 8 bits are scaled to it; pixels that are not finite are black. Texts are strings. Rows are
@@ -210,6 +210,8 @@ def gallery(
         raise DataError(f"gallery takes SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
     if not is_count(count, 1):
         raise DataError(f"count={count!r} should be an int of at least 1")
+    if class_names is not None and not (hasattr(class_names, "__getitem__") and hasattr(class_names, "__len__")):
+        raise DataError(f"class_names are {kind_of(class_names)}: give the names in a list, or in a dict by label")
     given, proposed = None, None
     if isinstance(choice, str) and choice in ("easiest", "hardest"):
         numbers, values = _extremes(scores, choice, by, count)

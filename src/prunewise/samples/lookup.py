@@ -22,15 +22,16 @@ def reader(dataset: Any, scores: SampleScores) -> Callable[[int], Any]:
     root = dataset
     while isinstance(root, Subset):
         root = root.dataset
-    # a recorder that was made without ids has numbers for ids, whatever the data set calls its samples
     dense = scores.sample_id.dtype.kind == "i" and np.array_equal(scores.sample_id, np.arange(len(scores)))
     if isinstance(root, TrackedDataset):
         inner, index = root.dataset, root.index
-        if dense and len(index) != len(scores):
+        # a recorder that was made without ids has numbers for ids, whatever the data set calls its samples
+        by_id = not dense or set(scores.sample_id.tolist()) <= set(index)
+        if not by_id and len(index) != len(scores):
             raise DataError(_other_size(scores, len(index)))
 
         def tracked(place: int) -> Any:
-            number = place if dense else index.number(scores.sample_id[place])
+            number = index.number(scores.sample_id[place]) if by_id else place
             return _sample(inner, number, index[number])
 
         return tracked

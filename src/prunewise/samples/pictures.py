@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError, PrunewiseError
 from prunewise.samples.agreement import agreement
+from prunewise.samples.checking import require
 from prunewise.samples.cohorts import cohort_curves
 from prunewise.samples.recorder import LearnabilityRecorder
-from prunewise.samples.scores import SampleScores
+from prunewise.samples.scores import SampleScores, require_difficulty, require_scores
 from prunewise.samples.selection import Triage
 
 
@@ -25,7 +27,13 @@ def plot_data_map(scores: SampleScores, *, axes: Any = None, max_points: int = 2
         axes: where to draw; default: a new figure.
         max_points: more samples than this are thinned out at random.
         seed: of the thinning.
+
+    Raises:
+        DataError: no scores; a setting out of range.
     """
+    require_scores(scores)
+    require(is_count(max_points, 1), f"max_points={max_points!r} should be an int of at least 1")
+    require(is_count(seed), f"seed={seed!r} should be an int of at least 0")
     axes = _axes(axes)
     seen = np.flatnonzero(scores.observations > 0)
     if len(seen) > max_points:
@@ -50,10 +58,12 @@ def plot_histogram(
     """How many samples have which score; one line a class where labels are given, else bars.
 
     Raises:
-        DataError: labels of another data set, or not one a sample.
+        DataError: no scores; labels of another data set, or not one a sample; a setting out of range.
     """
+    require_scores(scores)
+    require_difficulty(by)
+    require(is_count(bins, 1), f"bins={bins!r} should be an int of at least 1")
     axes = _axes(axes)
-    scores.difficulty(by)  # says so where there is no such score
     values, seen = getattr(scores, by), scores.observations > 0
     edges = np.histogram_bin_edges(values[seen], bins)
     if targets is None:

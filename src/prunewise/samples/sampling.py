@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils.data import Sampler
 
 from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import CheckpointError
-from prunewise.samples.checking import require
-from prunewise.samples.scores import Floats, Ints, SampleScores
+from prunewise.samples.checking import array_of, require
+from prunewise.samples.ids import hash_array
+from prunewise.samples.scores import Floats, Ints, SampleScores, require_difficulty, require_scores
 from prunewise.samples.selection import observed_difficulty
 
 
@@ -41,7 +43,9 @@ class ScoreSampler(Sampler[int]):
             f"rank={self.rank!r} of num_replicas={self.num_replicas!r}: a rank is an int in [0, num_replicas)",
         )
         require(is_count(seed, 0), f"seed={seed!r} should be an int of at least 0")
+        require(n > 0, "there are no samples to draw from: give the scores of one at least")
         self._n, self.seed, self.epoch = n, seed, 0
+        self._settings: dict[str, Any] = {}  # by which the order is made, besides the scores
         self._begin = 0  # where the next pass begins: at 0, but for the first one after `load_state_dict`
         self._position = 0  # samples of this epoch that this rank has yielded
         self._cached: tuple[int, Ints] | None = None
@@ -72,31 +76,43 @@ class ScoreSampler(Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is. A loader with workers asks ahead, so that its position is that of the next batch asked for."""
-        return {
-            "kind": type(self).__name__,
-            "n": self._n,
-            "seed": self.seed,
-            "num_replicas": self.num_replicas,
-            "epoch": self.epoch,
-            "position": self._position,
-        }
+        return {**self._whose(), "epoch": self.epoch, "position": self._position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the state was taken.
 
         Raises:
-            CheckpointError: a damaged state, or one of another sampler, data set, seed or number of ranks; nothing is changed.
+            CheckpointError: a damaged state, or one of a sampler of another kind, data set or number of ranks, or with other
+                settings; nothing is changed.
         """
         saved = state_dict if isinstance(state_dict, Mapping) else {}
-        wanted = {"kind": type(self).__name__, "n": self._n, "seed": self.seed, "num_replicas": self.num_replicas}
-        for name, value in wanted.items():
-            if saved.get(name) != value:
-                raise CheckpointError(f"the sampler's state has {name}={saved.get(name)!r}, this sampler {value!r}")
+        for name, value in self._whose().items():
+            found = saved.get(name)
+            if type(found) is not type(value) or found != value:
+                raise CheckpointError(
+                    f"the sampler's state has {name}={found!r:.80}, this sampler {value!r}: make it with the settings of the "
+                    "run that is gone on with"
+                )
+        resumed = copy.copy(self)
+        resumed._resume(saved)
+        if resumed._position > len(resumed):  # at the end is sound: all were given, and nobody asked for more
+            raise CheckpointError(
+                f"the sampler's state is damaged: position {resumed._position}, in an epoch of {len(resumed):,}"
+            )
+        vars(self).update(vars(resumed))
+
+    def _whose(self) -> dict[str, Any]:
+        """What a state and the sampler that goes on with it have in common."""
+        ours = {"kind": type(self).__name__, "n": self._n, "seed": self.seed, "num_replicas": self.num_replicas}
+        return {**ours, **self._settings}
+
+    def _resume(self, saved: Mapping[str, Any]) -> None:
+        """Take up what a state says; `CheckpointError` where it is damaged, and then only a part is taken up."""
         epoch, position = saved.get("epoch"), saved.get("position")
-        if not is_count(epoch, 0) or not is_count(position, 0):
-            raise CheckpointError(f"the sampler's state is damaged: epoch {epoch!r}, position {position!r}")
+        if not is_count(epoch) or not is_count(position):
+            raise CheckpointError(f"the sampler's state is damaged: epoch {epoch!r:.80}, position {position!r:.80}")
         assert isinstance(epoch, int) and isinstance(position, int)
-        self.epoch, self._begin, self._position = epoch, position, position
+        self.epoch, self._begin, self._position, self._cached = epoch, position, position, None
 
     def _order(self, random: np.random.Generator) -> Ints:
         """The sample numbers of this epoch, for all ranks together."""
@@ -156,6 +172,7 @@ class WeightedSampler(ScoreSampler):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
+        require_scores(scores)
         super().__init__(len(scores), seed, rank, num_replicas)
         require(
             is_number(strength) and abs(strength) <= 100, f"strength={strength!r} should be a number in [-100, 100]"
@@ -164,16 +181,20 @@ class WeightedSampler(ScoreSampler):
             num_samples is None or is_count(num_samples, 1),
             f"num_samples={num_samples!r} should be a count of at least 1",
         )
+        self._draws = num_samples or self._n
+        self._settings = {"num_samples": self._draws}
         if chances is None:
-            self._chances = (1 + _easier(observed_difficulty(scores, by))) ** float(strength)
+            raw = (1 + _easier(observed_difficulty(scores, by))) ** float(strength)
+            self._settings |= {"by": by, "strength": float(strength)}
         else:
-            self._chances = np.asarray(chances, dtype=np.float64)
-            sound = (
-                self._chances.shape == (len(scores),) and np.isfinite(self._chances).all() and (self._chances > 0).all()
-            )
-            require(bool(sound), f"chances should be {len(scores):,} positive numbers, one a sample")
-        self._chances = self._chances / self._chances.sum()
-        self._draws = num_samples or len(scores)
+            raw = _positive(chances, self._n)
+            self._settings |= {"chances": hash_array(raw)}
+        raw = raw / raw.max()  # or the sum of huge ones would be infinite
+        self._chances = raw / raw.sum()
+        require(
+            float(self._n * self._chances.min()) > 1 / float(np.finfo(np.float32).max),
+            "chances differ by so much that the weight of the rarest sample is infinite: give the rarest ones higher chances",
+        )
 
     @property
     def weights(self) -> Tensor:
@@ -233,6 +254,7 @@ class CurriculumSampler(ScoreSampler):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
+        require_scores(scores)
         super().__init__(len(scores), seed, rank, num_replicas)
         require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
         require(is_number(start) and 0 < start <= 1, f"start={start!r} should be a share in (0, 1]")
@@ -243,11 +265,12 @@ class CurriculumSampler(ScoreSampler):
         turned = {"easy_first": difficulty, "hard_first": -difficulty, "random": np.zeros(self._n)}[order]
         self._sorted: Ints = shuffled[np.argsort(turned[shuffled], kind="stable")]
         self._epochs, self._start, self._power = epochs, float(start), float(power)
+        self._settings = {"epochs": epochs, "start": self._start, "power": self._power, "by": by, "order": order}
 
     @property
     def share(self) -> float:
         """Of the samples, in this epoch."""
-        grown: float = min(1.0, self.epoch / self._epochs) ** self._power
+        grown: float = (min(self.epoch, self._epochs) / self._epochs) ** self._power
         return min(1.0, self._start + (1 - self._start) * grown)
 
     def _order(self, random: np.random.Generator) -> Ints:
@@ -295,7 +318,9 @@ class InfoBatchSampler(ScoreSampler):
         require(is_count(epochs, 1), f"epochs={epochs!r} should be an int of at least 1")
         require(is_number(ratio) and 0 <= ratio < 1, f"ratio={ratio!r} should be a share in [0, 1)")
         require(is_number(anneal) and 0 <= anneal <= 1, f"anneal={anneal!r} should be a share in [0, 1]")
+        require_difficulty(by)
         self._epochs, self._ratio, self._anneal, self._by = epochs, float(ratio), float(anneal), by
+        self._settings = {"epochs": epochs, "ratio": self._ratio, "anneal": self._anneal, "by": by}
         self._easy: npt.NDArray[np.bool_] = np.zeros(self._n, bool)
         if isinstance(scores, SampleScores):
             self.refresh(scores)
@@ -310,7 +335,9 @@ class InfoBatchSampler(ScoreSampler):
         seen = scores.observations > 0
         self._easy = np.zeros(self._n, bool)
         if seen.any():
-            self._easy[seen] = difficulty[seen] < difficulty[seen].mean()
+            # the mean of equal scores may be rounded up, so that all lie below it; that of zeros is 0
+            above = difficulty[seen] - difficulty[seen].min()
+            self._easy[seen] = above < above.mean()
         self._cached = None
 
     @property
@@ -323,14 +350,15 @@ class InfoBatchSampler(ScoreSampler):
         """Where the sampler is, with the samples that it takes for easy (packed bits)."""
         return {**super().state_dict(), "easy": torch.as_tensor(np.packbits(self._easy))}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the state was taken; `CheckpointError` as in `ScoreSampler`."""
-        easy = state_dict.get("easy") if isinstance(state_dict, Mapping) else None
-        if not isinstance(easy, Tensor) or easy.dtype != torch.uint8 or len(easy) != -(-self._n // 8):
-            raise CheckpointError("the sampler's state is damaged, or of another sampler: it holds no easy samples")
-        super().load_state_dict(state_dict)
-        self._easy = np.unpackbits(easy.cpu().numpy(), count=self._n).astype(bool)
-        self._cached = None
+    def _resume(self, saved: Mapping[str, Any]) -> None:
+        super()._resume(saved)
+        packed = saved.get("easy")
+        wanted = (torch.uint8, (-(-self._n // 8),))
+        if not isinstance(packed, Tensor) or packed.is_meta or (packed.dtype, tuple(packed.shape)) != wanted:
+            raise CheckpointError("the sampler's state is damaged: it does not say which samples are easy")
+        self._easy = np.unpackbits(packed.cpu().numpy(), count=self._n).astype(bool)
+        if self._easy.all():
+            raise CheckpointError("the sampler's state is damaged: all samples are easier than their mean")
 
     def _prunes(self) -> bool:
         return self._ratio > 0 and self.epoch < self._anneal * self._epochs
@@ -338,8 +366,16 @@ class InfoBatchSampler(ScoreSampler):
     def _order(self, random: np.random.Generator) -> Ints:
         # Each easy sample falls by a coin of its own: a fixed count would make them depend on each other, at the same mean.
         stays = ~self._easy | (random.random(self._n) >= self._ratio) if self._prunes() else np.ones(self._n, bool)
-        order = random.permutation(np.flatnonzero(stays))
-        return order if len(order) else random.permutation(self._n)
+        return random.permutation(np.flatnonzero(stays))  # never none: the hardest sample is not easy
+
+
+def _positive(chances: Any, n: int) -> Floats:
+    """Chances as they were given, as an array of shape (N,); `DataError` where they are none."""
+    wanted = f"{n:,} positive numbers, one a sample"
+    given = array_of(chances, "the chances", f"give {wanted}")
+    sound = given.shape == (n,) and given.dtype.kind in "iuf" and np.isfinite(given).all() and (given > 0).all()
+    require(bool(sound), f"chances should be {wanted}")
+    return given.astype(np.float64)
 
 
 def _easier(difficulty: Floats) -> Floats:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from prunewise.core.checks import is_count
 from prunewise.core.errors import DataError
-from prunewise.samples.checking import kind_of
+from prunewise.samples.checking import array_of, kind_of
 from prunewise.samples.ids import SampleIndex, hash_array
 from prunewise.samples.state import (
     AUM,
@@ -108,22 +107,20 @@ class SampleScores:
 
     def difficulty(self, by: str = "learnability") -> Floats:
         """The score `by`, turned so that higher = harder."""
-        if not isinstance(by, str) or by not in DIRECTION:
-            raise DataError(f"{by!r} is no score of difficulty: choose one of {', '.join(DIRECTION)}")
+        require_difficulty(by)
         return np.asarray(getattr(self, by), dtype=np.float64) * DIRECTION[by]
 
     def take(self, numbers: Any) -> SampleScores:
         """The scores of some samples, by number or by a mask, (N,) bool, as scores of a data set of their own."""
-        chosen = np.asarray(numbers)
+        wanted = f"numbers of samples, from 0 to {len(self) - 1}, or one truth value a sample"
+        chosen = array_of(numbers, "the samples to take", f"give {wanted}")
         if chosen.dtype == bool and chosen.shape == (len(self),):
             chosen = np.flatnonzero(chosen)
         if not chosen.size:
             chosen = chosen.astype(np.int64)
         valid = chosen.ndim == 1 and chosen.dtype.kind in "iu"
         if not valid or (chosen.size and (chosen.min() < 0 or chosen.max() >= len(self))):
-            raise DataError(
-                f"{str(numbers)[:80]} should be numbers of samples, from 0 to {len(self) - 1}, or one truth value a sample"
-            )
+            raise DataError(f"{str(numbers)[:80]} should be {wanted}")
         columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
         return SampleScores(**columns, info={**self.info, "label_hash": None})
 
@@ -164,6 +161,7 @@ class SampleScores:
         Raises:
             PrunewiseError: pyarrow is not installed.
             CheckpointError: the folder cannot be written to.
+            DataError: a sample is there twice, as `take` may give it.
         """
         from prunewise.samples.table import write_table
 
@@ -189,7 +187,7 @@ class SampleScores:
         if targets is not None:
             scores.check_targets(targets)
         if sample_ids is not None:
-            index = sample_ids if isinstance(sample_ids, SampleIndex) else SampleIndex(sample_ids)
+            index = _index_of(sample_ids)
             if index.hash() != hash_array(scores.sample_id):
                 raise DataError(
                     f"{path} holds the scores of another data set: {len(scores):,} samples, and the ids are not those of the "
@@ -244,20 +242,31 @@ def require_scores(scores: Any) -> None:
         raise DataError(f"expected SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
 
 
+def require_difficulty(by: Any) -> None:
+    """Raise `DataError` for anything but the name of a score of difficulty."""
+    if not isinstance(by, str) or by not in DIRECTION:
+        raise DataError(f"{by!r} is no score of difficulty: choose one of {', '.join(DIRECTION)}")
+
+
 def as_labels(targets: Any) -> npt.NDArray[Any]:
     """Labels as an array with a row a sample: whole numbers where they are such, so that 1 and 1.0 are the same label."""
-    if isinstance(targets, Tensor):
-        targets = targets.detach().cpu()
-        targets = targets.float() if targets.dtype == torch.bfloat16 else targets  # NumPy has no such type
-    try:
-        labels = np.asarray(targets)
-    except ValueError as error:
-        raise DataError(f"the labels are no array ({error}): give one label a sample") from error
+    labels = array_of(targets, "the labels", "give one label a sample")
     if labels.ndim == 0 or labels.dtype.kind not in "biufUS":
         raise DataError(f"the labels are {labels.dtype} of shape {labels.shape}: give one label a sample")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
         return labels.astype(np.int64)
     return labels.astype(np.int64) if labels.dtype.kind in "biu" else labels
+
+
+def _index_of(sample_ids: Any) -> SampleIndex:
+    """The index of ids in order, or of their number."""
+    if isinstance(sample_ids, SampleIndex):
+        return sample_ids
+    if getattr(sample_ids, "ndim", None) == 0:
+        sample_ids = sample_ids.item()  # NumPy's ints
+    if not is_count(sample_ids) and not isinstance(sample_ids, Iterable):
+        raise DataError(f"sample_ids={sample_ids!r} should be the ids in order, or their number")
+    return SampleIndex(sample_ids)
 
 
 def _unseen_as_nan(values: Floats, observations: Ints) -> Floats:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from prunewise.core.checks import is_count, is_number
 from prunewise.core.errors import DataError
+from prunewise.samples.checking import array_of
 from prunewise.samples.scores import Floats, Ints, SampleScores, require_scores
 from prunewise.samples.suspecting import Suspects, suspects
 
@@ -123,7 +124,7 @@ def select_subset(
             "at least 0"
         )
     require_scores(scores)
-    n = len(scores)
+    n, fraction = len(scores), float(fraction)
     random = np.random.default_rng(seed)
     order = random.permutation(n)
     order = order[_wanted(without, n)[order]]
@@ -147,11 +148,10 @@ def _wanted(without: Any, n: int) -> npt.NDArray[np.bool_]:
                 f"without= are suspects among {len(without.all_scores):,} samples, and the scores are of {n:,}"
             )
         without = without.number
-    numbers = np.asarray(without)
+    allowed = f"numbers of samples, from 0 to {n - 1}, or be what suspects() found"
+    numbers = array_of(without, "the samples of without=", f"it should hold {allowed}")
     if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= n):
-        raise DataError(
-            f"without={str(without)[:80]} should hold numbers of samples, from 0 to {n - 1}, or be what suspects() found"
-        )
+        raise DataError(f"without={str(without)[:80]} should hold {allowed}")
     wanted = np.ones(n, bool)
     wanted[numbers.astype(np.int64)] = False
     if not wanted.any():

@@ -16,7 +16,7 @@ from prunewise.samples.suspecting import suspects
 
 
 class SampleSelector:
-    """Which samples to train on, as an estimator: `fit(scores, labels)`, then `get_support()`.
+    """Which samples to train on, as an estimator: `fit(scores, targets)`, then `get_support()`.
 
     With labels, likely mislabelled samples go first (`drop_suspects`), then a share `fraction` of all samples is chosen among
     the others by `select_subset`; all of them, where fewer are left.
@@ -53,13 +53,22 @@ class SampleSelector:
         self.fraction, self.strategy, self.by = fraction, strategy, by
         self.keep, self.drop_suspects, self.seed = keep, drop_suspects, seed
 
-    def fit(self, scores: SampleScores, labels: Any = None) -> SampleSelector:
-        """Choose; `DataError` as in `select_subset` and `suspects`."""
+    def fit(self, scores: SampleScores, targets: Any = None, *, y: Any = None) -> SampleSelector:
+        """Choose; `DataError` as in `select_subset` and `suspects`.
+
+        Args:
+            scores: of the N samples.
+            targets: their labels, in the order of the sample numbers.
+            y: the targets by the name that scikit-learn has for them; one of the two is enough.
+        """
         if not isinstance(scores, SampleScores):
             raise DataError(f"fit takes SampleScores, as recorder.scores() gives them; got {kind_of(scores)}")
+        if targets is not None and y is not None:
+            raise DataError("fit got the labels twice, as targets and as y: give them once")
+        targets = y if targets is None else targets
         wrong: Ints = np.empty(0, np.int64)
-        if labels is not None and self.drop_suspects:
-            wrong = np.sort(suspects(scores, labels).number)
+        if targets is not None and self.drop_suspects:
+            wrong = np.sort(suspects(scores, targets).number)
         if len(wrong) == len(scores):
             raise DataError("all samples are suspects: use drop_suspects=False")
         chosen = select_subset(
@@ -74,8 +83,8 @@ class SampleSelector:
 
     def get_support(self, indices: bool = False) -> npt.NDArray[Any]:
         """(N,) bool, or the numbers of the samples that stay; `DataError` before `fit`."""
-        if not hasattr(self, "support_"):
-            raise DataError("this SampleSelector is not fitted: call fit(scores, labels) first")
+        if not self.__sklearn_is_fitted__():
+            raise DataError("this SampleSelector is not fitted: call fit(scores, targets) first")
         return np.flatnonzero(self.support_) if indices else self.support_
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -91,6 +100,18 @@ class SampleSelector:
         for name, value in params.items():
             setattr(self, name, value)
         return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "support_")
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags  # it is scikit-learn that asks
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            input_tags=InputTags(two_d_array=False),
+        )
 
     def __repr__(self) -> str:
         return f"SampleSelector({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"

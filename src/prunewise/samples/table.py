@@ -11,7 +11,7 @@ import numpy as np
 
 from prunewise._files import is_sha256, opened, read_json, replacing, write_json
 from prunewise.core.errors import CheckpointError, PrunewiseError
-from prunewise.samples.ids import SampleIndex, hash_array
+from prunewise.samples.ids import SampleIndex
 
 if TYPE_CHECKING:
     from prunewise.samples.scores import SampleScores
@@ -41,7 +41,8 @@ def write_table(scores: SampleScores, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"the scores' info {key}={value!r} is a {type(value).__name__}, not {kind.__name__}")
     columns = {name: getattr(scores, name) for name in (*COLUMNS, *_DERIVED)}
     ids = columns["sample_id"]
-    columns["sample_id"] = ids.tolist() if ids.dtype.kind in "US" else ids
+    index = SampleIndex(ids.tolist())  # as it will be read
+    columns["sample_id"] = list(index) if ids.dtype.kind in "US" else ids
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def write_table(scores: SampleScores, path: str | os.PathLike[str]) -> None:
             "version": _VERSION,
             "num_samples": len(scores),
             "sha256": digest,
-            "id_hash": hash_array(ids),
+            "id_hash": index.hash(),
             **{key: scores.info.get(key) for key in _INFO},
         }
         write_json(manifest_path(target), manifest)
