@@ -198,7 +198,7 @@ def test_labels_that_are_no_classes(loss: Any) -> None:
     with pytest.raises(pw.DataError, match="have labels that do not fit 2 classes"):
         pw.score_samples(network(), DataLoader(data, 16), epochs=1, loss=loss, progress=False)
     named = pw.track([(x, "ab"[y]) for x, y in zip(X, Y, strict=True)])
-    with pytest.raises(pw.DataError, match="targets as tensors"):
+    with pytest.raises(pw.DataError, match="takes the targets as a tensor"):
         pw.score_samples(network(), DataLoader(named, 16), epochs=1, loss=loss, progress=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import io
 import re
 from collections import UserDict
@@ -118,6 +119,31 @@ def test_a_recorder_without_ids_has_numbers_for_ids() -> None:
         right = torch.tensor([t == "text 4" for t in text])
         recorder.update(number, torch.nn.functional.one_hot(torch.where(right, label, 1 - label), 2).float(), label)
     assert texts_of(pw.gallery(recorder.scores(), tracked, "easiest", count=1)) == ["text 4"]
+
+
+def test_a_recorder_without_ids_over_a_set_whose_ids_are_numbers_in_another_order(tmp_path: Any) -> None:
+    """What was recorded says whether its ids are numbers or the samples' own; files say so too."""
+    own = [3, 1, 5, 0, 2, 4]
+    tracked = pw.track(TEXTS, ids=own)
+    numbers, wrong = torch.arange(N), torch.tensor([0, 0, 1, 0, 0, 0])
+    for ids, file in ((None, "numbers"), (tracked.index, "own")):
+        recorder = pw.LearnabilityRecorder(N, ids=ids)
+        recorder.update(numbers, torch.tensor([[2.0, 0.0]] * N), wrong)
+        scores = recorder.scores()
+        assert scores.info["ids"] == file and scores.info["total"] == N
+        if importlib.util.find_spec("pyarrow"):
+            scores.to_parquet(tmp_path / file)
+            scores = pw.SampleScores.from_parquet(tmp_path / file)
+        for some in (scores, scores.take([5, 2, 0]), scores.take(np.argsort(scores.sample_id))):
+            assert texts_of(pw.gallery(some, tracked, count=1)) == ["text 2"]
+    with pytest.raises(pw.DataError, match="scores of 6 samples, and a data set of 2"):
+        pw.gallery(SCORES, TEXTS[:2])
+
+
+def test_equal_scores_are_told_apart_by_their_margins() -> None:
+    scores = scores_of(np.zeros(N), margins=[-0.2, -0.9, -0.4, -0.1, -0.5, -0.3])
+    assert texts_of(pw.gallery(scores, TEXTS, "hardest", count=3)) == ["text 1", "text 4", "text 2"]
+    assert texts_of(pw.gallery(scores, TEXTS, "easiest", count=2)) == ["text 3", "text 0"]
 
 
 def test_some_of_the_scores_of_a_tracked_set() -> None:

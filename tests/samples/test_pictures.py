@@ -39,6 +39,20 @@ def test_the_histogram_counts_all_samples_once() -> None:
         np.testing.assert_array_equal(line.get_data().values, expected)
 
 
+def test_of_many_classes_the_hardest_are_drawn() -> None:
+    labels = np.arange(N) // 2
+    axes = pw.plot_histogram(SCORES, labels)
+    assert axes.get_legend().get_title().get_text() == "hardest 10 of 24 classes"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [str(i) for i in range(1, 11)]
+
+
+def test_the_area_of_a_point_is_how_many_samples_it_is() -> None:
+    scores = scores_of(np.repeat([0.0, 0.5, 1.0], [1, 2, 100]))
+    drawn = pw.plot_agreement(scores, scores).collections[0]
+    np.testing.assert_allclose(drawn.get_offsets(), [[0, 0], [0.5, 0.5], [1, 1]])
+    np.testing.assert_allclose(drawn.get_sizes(), [3, 4, 200])
+
+
 def test_class_names_of_any_kind(tmp_path: Any) -> None:
     names = np.array(["_hidden", r"a $\frac$b"])[np.arange(N) % 2]
     axes = pw.plot_histogram(SCORES, names)

@@ -394,6 +394,8 @@ def test_subsets_without_some(strategy: str) -> None:
     out = np.array([19, 3, 4])
     assert not np.isin(pw.select_subset(s, 0.5, strategy=strategy, without=out), out).any()
     assert len(pw.select_subset(s, 0.5, strategy=strategy, without=out)) == 10
+    by_mask = pw.select_subset(s, 0.5, strategy=strategy, without=np.isin(np.arange(20), out))
+    np.testing.assert_array_equal(by_mask, pw.select_subset(s, 0.5, strategy=strategy, without=out))
     assert len(pw.select_subset(s, 0.9, strategy=strategy, without=out)) == 17, "all that are left"
     alone = pw.select_subset(s, 0.5, strategy=strategy, without=np.arange(1, 20))
     assert alone.tolist() == [0]

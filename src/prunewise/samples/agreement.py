@@ -15,6 +15,7 @@ from prunewise.samples.checking import warn_caller
 from prunewise.samples.scores import SampleScores
 
 Floats = npt.NDArray[np.float64]
+_TIED = 0.1  # share of samples with one score, from which on the rank correlation is of the others
 _NOISY = 0.5  # two samples in different order agree three times in four at this rank correlation
 
 
@@ -145,9 +146,13 @@ def agreement(
     noisy = tuple(pair for pair, e in intervals[1].items() if not e.low >= _NOISY)
     if noisy:
         pairs = ", ".join(f"{i} and {j} ({intervals[1][i, j]})" for i, j in noisy[:3])
+        tied = max(_largest_tie(row) for row in values)
+        ties = (
+            f" (or ties: {tied:.0%} have the same score in a run, which by='aum' tells apart)" if tied > _TIED else ""
+        )
         warn_caller(
-            f"runs {pairs}: the rank correlation of {by!r} may be below {_NOISY}, so the order of samples is mostly noise: record "
-            "more epochs, average several seeds, or choose another score"
+            f"runs {pairs}: the rank correlation of {by!r} may be below {_NOISY}, so the order of samples is mostly noise{ties}: "
+            "choose another score, average several seeds, or record more epochs"
         )
     pearson, spearman, overlap = matrices
     return Agreement(pearson, spearman, overlap, intervals[0], intervals[1], intervals[2], by, n, k, noisy)
@@ -162,6 +167,11 @@ def ranks(values: Floats) -> Floats:
 def _measures(a: Floats, b: Floats, k: int) -> tuple[float, float, float]:
     hardest = np.minimum(_membership(a, k), _membership(b, k)).sum() / k
     return _correlation(a, b), _correlation(ranks(a), ranks(b)), float(hardest)
+
+
+def _largest_tie(values: Floats) -> float:
+    """The share of the values that are all the same."""
+    return float(np.unique(values, return_counts=True)[1].max() / len(values))
 
 
 def _membership(values: Floats, k: int) -> Floats:

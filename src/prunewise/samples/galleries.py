@@ -244,7 +244,9 @@ def _extremes(scores: SampleScores, choice: str, by: str, count: int) -> tuple[I
     known = np.flatnonzero(np.isfinite(difficulty))
     if not len(known):
         raise DataError(f"no sample has a finite {by}: record at least one batch first")
-    order = np.argsort(difficulty[known] if choice == "easiest" else -difficulty[known], kind="stable")
+    sign = 1 if choice == "easiest" else -1
+    # many are missed, or hit, every time: of those the margins tell which comes first
+    order = np.lexsort((sign * scores.difficulty("aum")[known], sign * difficulty[known]))
     numbers = known[order[:count]]
     return numbers, getattr(scores, by)[numbers]
 

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from prunewise.core.errors import DataError
 from prunewise.samples.scores import SampleScores
-from prunewise.samples.tracking import TrackedDataset
+from prunewise.samples.tracking import TrackedDataset, sample_at
 
 
 def reader(dataset: Any, scores: SampleScores) -> Callable[[int], Any]:
@@ -22,16 +22,21 @@ def reader(dataset: Any, scores: SampleScores) -> Callable[[int], Any]:
     root = dataset
     while isinstance(root, Subset):
         root = root.dataset
+    kind, total = scores.info.get("ids"), int(scores.info.get("total") or len(scores))
     dense = scores.sample_id.dtype.kind == "i" and np.array_equal(scores.sample_id, np.arange(len(scores)))
+    if kind is None and dense:  # of a version that did not write it down
+        known = isinstance(root, TrackedDataset) and set(scores.sample_id.tolist()) <= set(root.index)
+        kind = "own" if known else "numbers"
     if isinstance(root, TrackedDataset):
         inner, index = root.dataset, root.index
         # a recorder that was made without ids has numbers for ids, whatever the data set calls its samples
-        by_id = not dense or set(scores.sample_id.tolist()) <= set(index)
-        if not by_id and len(index) != len(scores):
-            raise DataError(_other_size(scores, len(index)))
+        numbered = kind == "numbers"
+        if numbered and total != len(index):
+            raise DataError(_other_size(total, len(index)))
 
         def tracked(place: int) -> Any:
-            number = index.number(scores.sample_id[place]) if by_id else place
+            sample_id = scores.sample_id[place]
+            number = _place(sample_id, total) if numbered else index.number(sample_id)
             return _sample(inner, number, index[number])
 
         return tracked
@@ -46,27 +51,26 @@ def reader(dataset: Any, scores: SampleScores) -> Callable[[int], Any]:
         )
     if isinstance(dataset, Mapping):
         return lambda place: _sample(dataset, place, scores.sample_id[place].item())
-    if not dense:
+    if kind != "numbers":
         raise DataError(
             "the scores have sample ids, and the data set is not tracked by them: give track(dataset, ids=...), or a dict of "
             "samples by id"
         )
-    if len(dataset) != len(scores):
-        raise DataError(_other_size(scores, len(dataset)))
-    return lambda place: dataset[place]
+    if len(dataset) != total:
+        raise DataError(_other_size(total, len(dataset)))
+    return lambda place: dataset[_place(scores.sample_id[place], total)]
+
+
+def _place(number: Any, total: int) -> int:
+    if not 0 <= int(number) < total:
+        raise DataError(f"the scores have a sample {number} of {total:,}: they are damaged, record again")
+    return int(number)
 
 
 def _sample(dataset: Any, number: int, sample_id: Any) -> Any:
-    if isinstance(dataset, Mapping):
-        if sample_id not in dataset:
-            raise DataError(f"the data set has no sample {sample_id!r:.80}: give the one that the scores are of")
-        return dataset[sample_id]
-    try:
-        return dataset[number]
-    except (KeyError, TypeError):
-        if not isinstance(sample_id, str):
-            raise
-        return dataset[sample_id]  # `track` takes data sets whose keys are the ids
+    if isinstance(dataset, Mapping) and sample_id not in dataset:
+        raise DataError(f"the data set has no sample {sample_id!r:.80}: give the one that the scores are of")
+    return sample_at(dataset, number, sample_id)
 
 
 def _holds_tracked(dataset: Any) -> bool:
@@ -82,5 +86,5 @@ def _parts(dataset: Any) -> Sequence[Any]:
     return parts if isinstance(parts, (list, tuple)) else ()
 
 
-def _other_size(scores: SampleScores, size: int) -> str:
-    return f"scores of {len(scores):,} samples, and a data set of {size:,}: they are of another data set"
+def _other_size(total: int, size: int) -> str:
+    return f"scores of {total:,} samples, and a data set of {size:,}: they are of another data set"

@@ -16,6 +16,9 @@ from prunewise.samples.recorder import LearnabilityRecorder
 from prunewise.samples.scores import SampleScores, require_difficulty, require_scores
 from prunewise.samples.selection import Triage
 
+_MOST_CLASSES = 10  # as many colours as are told apart
+_POINT, _SMALLEST, _LARGEST = 4.0, 3.0, 200.0  # areas in points²: of one sample, and what can be seen
+
 
 def plot_data_map(scores: SampleScores, *, axes: Any = None, max_points: int = 20_000, seed: int = 0) -> Any:
     """The data map: variability against confidence, a point a sample, coloured by learnability (Swayamdipta et al. 2020).
@@ -48,7 +51,9 @@ def plot_data_map(scores: SampleScores, *, axes: Any = None, max_points: int = 2
         vmax=1,
     )
     axes.figure.colorbar(drawn, ax=axes, label="learnability")
-    axes.set(xlabel="variability", ylabel="confidence", xlim=(0, 0.5), ylim=(0, 1), title=f"{len(seen):,} samples")
+    title = f"{_named(scores, 'data map')}: {len(seen):,} samples"
+    axes.set(xlabel="variability", ylabel="confidence", xlim=(0, 0.5), ylim=(0, 1))
+    axes.set_title(title, parse_math=False)
     return axes
 
 
@@ -56,6 +61,8 @@ def plot_histogram(
     scores: SampleScores, targets: Any = None, *, by: str = "learnability", bins: int = 20, axes: Any = None
 ) -> Any:
     """How many samples have which score; one line a class where labels are given, else bars.
+
+    Of more than ten classes those ten are drawn that are the hardest in the mean.
 
     Raises:
         DataError: no scores; labels of another data set, or not one a sample; a setting out of range.
@@ -72,9 +79,15 @@ def plot_histogram(
         labels = scores.check_targets(targets)
         if labels.ndim != 1:
             raise DataError(f"labels of shape {labels.shape}: the histogram by class takes one label a sample")
-        classes = np.unique(labels)
+        classes = np.unique(labels[seen])
+        title = "class"
+        if len(classes) > _MOST_CLASSES:
+            difficulty = scores.difficulty(by)
+            means = np.array([difficulty[seen & (labels == label)].mean() for label in classes])
+            title = f"hardest {_MOST_CLASSES} of {len(classes)} classes"
+            classes = classes[np.argsort(-means, kind="stable")[:_MOST_CLASSES]]
         steps = [axes.stairs(np.histogram(values[seen & (labels == label)], edges)[0], edges) for label in classes]
-        _legend(axes, steps, [str(label) for label in classes], title="class")
+        _legend(axes, steps, [str(label) for label in classes], title=title)
     axes.set(xlabel=by, ylabel="samples")
     return axes
 
@@ -82,13 +95,17 @@ def plot_histogram(
 def plot_agreement(a: SampleScores, b: SampleScores, *, by: str = "learnability", axes: Any = None) -> Any:
     """One run's scores against another's, a point a sample, with Pearson and Spearman in the title.
 
+    Where samples have the same scores in both runs, the area of their point is that of as many (smaller for all, if too large).
+
     Raises:
         DataError: scores of different data sets; see `agreement`.
     """
     found = agreement([a, b], by=by, bootstrap=100)
     axes = _axes(axes)
     seen = (a.observations > 0) & (b.observations > 0)
-    axes.scatter(getattr(a, by)[seen], getattr(b, by)[seen], s=4, alpha=0.3)
+    places, counts = np.unique(np.stack([getattr(a, by)[seen], getattr(b, by)[seen]]), axis=1, return_counts=True)
+    areas = np.maximum(counts * min(_POINT, _LARGEST / counts.max()), _SMALLEST)
+    axes.scatter(*places, s=areas, alpha=0.3 if counts.max() == 1 else 0.6, linewidths=0)
     title = f"Pearson {found.pearson_intervals[0, 1]}\nSpearman {found.spearman_intervals[0, 1]}"
     axes.set(xlabel=f"{by}, {_named(a, 'first run')}", ylabel=f"{by}, {_named(b, 'second run')}", title=title)
     return axes
@@ -128,7 +145,8 @@ def plot_cohorts(
 
 def _legend(axes: Any, drawn: list[Any], names: list[str], title: str | None = None) -> None:
     """A legend of names that others chose: one is no formula, whatever it holds, and none is left out."""
-    for text in axes.legend(drawn, names, title=title, fontsize="small").get_texts():
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": "small"}  # where it hides nothing
+    for text in axes.legend(drawn, names, title=title, **beside).get_texts():
         text.set_parse_math(False)
 
 

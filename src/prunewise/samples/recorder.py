@@ -286,6 +286,7 @@ class LearnabilityRecorder:
         info = {
             "mode": self.mode, "task": self._task, "num_classes": self.num_classes, "el2n_window": self._el2n_window,
             "not_counted": self.not_counted, "model": model, "seed": seed,
+            "ids": "numbers" if self.index.is_dense else "own", "total": self.num_samples,
         }  # fmt: skip
         low, high = self._logit_range()
         if low >= 0 and high <= 1 and int(self._state.counts[:, OBSERVATIONS].sum()) >= _ENOUGH:

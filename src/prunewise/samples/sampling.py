@@ -282,8 +282,9 @@ class InfoBatchSampler(ScoreSampler):
 
     Call `set_epoch(epoch)` before each epoch: otherwise every epoch is epoch 0, skips the same samples, and none trains on all.
 
-    In each epoch a random share `ratio` of the samples with a score easier than the mean is left out, and the losses of those
-    easy ones that stay are weighted by 1 / (1 − ratio): the expected sum of the gradients is that of the whole data set. In the
+    In each epoch a random share `ratio` of the samples with a score easier than the mean is left out, and `weights` has
+    1 / (1 − ratio) for those easy ones that stay. Multiply the losses by it, `losses * sampler.weights[sample_ids]`, and the
+    expected sum of the gradients is that of the whole data set. In the
     last epochs, from `anneal` of all, everything is trained on. The paper uses each sample's last loss; here it is any score,
     brought up to date by `refresh`, after `recorder.reduce()` say.
 

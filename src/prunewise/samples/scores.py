@@ -56,7 +56,8 @@ class SampleScores:
             arXiv 2009.10795).
         loss: mean cross-entropy, nats; higher = harder.
         last_wrong: int64; the class of the last wrong prediction; -1 where there was none, or no single class.
-        info: what was recorded and how: mode, task, num_classes, el2n_window, not_counted, model, seed, label_hash.
+        info: what was recorded and how: mode, task, num_classes, el2n_window, not_counted, model, seed, label_hash; ids ("numbers"
+            of a recorder without ids, or the samples' "own") and total, how many samples the recorder was made for.
     """
 
     sample_id: npt.NDArray[Any]

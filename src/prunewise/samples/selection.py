@@ -97,8 +97,8 @@ def select_subset(
         scores: all N samples observed, but for "random".
         fraction: in (0, 1].
         strategy, by, keep, drop_hardest, strata: see above. Where fewer samples than asked for are left, fewer are dropped.
-        without: samples that are out of the question: what `suspects(scores, labels)` found, or their numbers. All others are
-            kept where they are fewer than asked for.
+        without: samples that are out of the question: what `suspects(scores, labels)` found, their numbers, or a mask (N,) bool.
+            All others are kept where they are fewer than asked for.
         seed: of the random choice; ties of difficulty are broken by it too.
 
     Raises:
@@ -150,6 +150,8 @@ def _wanted(without: Any, n: int) -> npt.NDArray[np.bool_]:
         without = without.number
     allowed = f"numbers of samples, from 0 to {n - 1}, or be what suspects() found"
     numbers = array_of(without, "the samples of without=", f"it should hold {allowed}")
+    if numbers.dtype == bool and numbers.shape == (n,):
+        numbers = np.flatnonzero(numbers)
     if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= n):
         raise DataError(f"without={str(without)[:80]} should hold {allowed}")
     wanted = np.ones(n, bool)

@@ -21,7 +21,7 @@ _INTEGERS = ("observations", "hits", "forgetting_events", "first_learnt", "last_
 _DERIVED = ("learnability", "forgetting")  # for readers other than prunewise; computed anew when loaded
 _INFO = {
     "mode": str, "task": str, "num_classes": int, "el2n_window": int, "not_counted": dict, "model": str, "seed": int,
-    "label_hash": str,
+    "label_hash": str, "ids": str, "total": int,
 }  # fmt: skip
 
 
