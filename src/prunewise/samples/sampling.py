@@ -284,9 +284,9 @@ class InfoBatchSampler(ScoreSampler):
 
     In each epoch a random share `ratio` of the samples with a score easier than the mean is left out, and `weights` has
     1 / (1 − ratio) for those easy ones that stay. Multiply the losses by it, `losses * sampler.weights[sample_ids]`, and the
-    expected sum of the gradients is that of the whole data set. In the
-    last epochs, from `anneal` of all, everything is trained on. The paper uses each sample's last loss; here it is any score,
-    brought up to date by `refresh`, after `recorder.reduce()` say.
+    expected sum of the gradients is that of the whole data set. In the last epochs, from `anneal` of all, everything is
+    trained on. The paper uses each sample's last loss; here it is any score, brought up to date by `refresh`, after
+    `recorder.reduce()` say.
 
     Samples that were never observed are never left out, so it may start with nothing known.
 

@@ -134,10 +134,10 @@ class TrackedIterable(IterableDataset[Any]):
         info = get_worker_info()
         share, shares = (0, 1) if info is None else (info.id, info.num_workers)
         for place, sample in enumerate(_Unsharded(self.dataset)):
-            # by the number, where the sample says it: every worker may have shuffled the stream in its own way
-            number = None if self.id_field is None else self._number(place, sample)
-            if (place if number is None else number) % shares == share:
-                yield with_id(sample, self._number(place, sample) if number is None else number, self.id_field)
+            # shared out by the number and not by the place: every worker may shuffle the stream in its own way
+            number = self._number(place, sample)
+            if number % shares == share:
+                yield with_id(sample, number, self.id_field)
 
     def _number(self, place: int, sample: Any) -> int:
         if self.id_field is None:
