@@ -25,6 +25,14 @@ def data():
     samples = list(zip(x, (x[:, 0] > 0).long()))
     return DataLoader(prunewise.track(samples), 8, shuffle=True)
 
+def noisy():  # every fifth label is wrong
+    wrong = torch.arange(40) % 5 == 0
+    samples = [(x, y ^ int(w)) for (x, y), w in zip(data().dataset.dataset, wrong)]
+    return DataLoader(prunewise.track(samples), 8, shuffle=True)
+
+def noisy_labels():
+    return torch.stack([y for _, y in noisy().dataset.dataset])
+
 def untracked():
     return DataLoader([(torch.zeros(4), 0)] * 9, 3)
 """
@@ -56,6 +64,13 @@ def test_saved_and_shown(capsys):
     assert Path("again.parquet").read_bytes() == Path("deep/scores.parquet").read_bytes(), "the seed decides"
     assert main(["report", "again.parquet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {k: v for k, v in result.items() if k != "out"}
+
+
+def test_labels_of_the_suspects(capsys):
+    noisy = ["--data", "my_samples:noisy", "--targets", "my_samples:noisy_labels", "--epochs", "8"]
+    assert main([*RUN, *noisy, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["suspects"]["first"]
+    assert found and all(row["label"] == 1 - row["proposed_label"] for row in found)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ def test_without_labels_it_is_select_subset() -> None:
     fitted = pw.SampleSelector(0.3, strategy="difficulty", by="loss", seed=4).fit(SCORES)
     expected = pw.select_subset(SCORES, 0.3, strategy="difficulty", by="loss", seed=4)
     np.testing.assert_array_equal(fitted.get_support(indices=True), expected)
+    few = {"drop_hardest": 0.5, "strata": 3}
+    covered = pw.SampleSelector(0.3, by="loss", **few).fit(SCORES)
+    np.testing.assert_array_equal(covered.get_support(indices=True), pw.select_subset(SCORES, 0.3, by="loss", **few))
     kept = pw.SampleSelector(0.3, drop_suspects=False, strategy="difficulty", by="loss", seed=4).fit(
         SCORES, np.zeros(N)
     )

@@ -56,6 +56,15 @@ def add_suspects_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_targets_option(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that show labels."""
+    parser.add_argument(
+        "--targets",
+        metavar="MODULE:FACTORY",
+        help="a callable without arguments that returns the labels by sample number, or a .npy file (default: none shown)",
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, traced: bool = True) -> None:
     """Options of the verbs that take a model; `traced` where they need an example input."""
     parser.add_argument(

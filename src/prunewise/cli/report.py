@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunewise.cli.options import add_suspects_option, make_folder
+from prunewise.cli.options import add_suspects_option, add_targets_option, make_folder
 from prunewise.cli.output import as_share, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the Parquet file of SampleScores.to_parquet, its manifest beside it",
     )
-    parser.add_argument(
-        "--targets",
-        metavar="MODULE:FACTORY",
-        help="a callable without arguments that returns the labels by sample number, or a .npy file (default: none shown)",
-    )
+    add_targets_option(parser)
     add_suspects_option(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the result here, as JSON")
 

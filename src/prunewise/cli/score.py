@@ -11,6 +11,7 @@ from prunewise.cli.options import (
     add_checkpoint_option,
     add_model_options,
     add_suspects_option,
+    add_targets_option,
     count,
     make_folder,
 )
@@ -27,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD at the start (%(default)s)")
     parser.add_argument("--seed", type=count(0), default=0, help="of the training (%(default)s)")
     add_checkpoint_option(parser)
+    add_targets_option(parser)
     add_suspects_option(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("runs/scores.parquet"), help="the scores (%(default)s)"
@@ -47,10 +49,11 @@ def run(args: argparse.Namespace) -> None:
 
     import prunewise as pw
     from prunewise._loops import sgd
-    from prunewise.cli.loading import load_data, load_model
+    from prunewise.cli.loading import load_data, load_model, load_targets
     from prunewise.samples.table import require_pyarrow
 
     require_pyarrow()
+    targets = load_targets(args.targets) if args.targets else None
     torch.manual_seed(args.seed)  # the factory's weights
     model = load_model(args.model)
     scores = pw.score_samples(
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint,
     )
     scores.to_parquet(args.out)
-    result = summary(scores, None, args.suspects)
+    result = summary(scores, targets, args.suspects)
     if args.json:
         print_json({**result, "out": str(args.out)})
         return

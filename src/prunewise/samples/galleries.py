@@ -128,7 +128,7 @@ class Gallery:
         columns = min(columns, max(1, len(self)))
         rows = -(-max(1, len(self)) // columns)
         figure = new_figure(figsize=(1.8 * columns, 2.2 * rows + 0.4))
-        figure.suptitle(f"{self.choice} by {self.by}" if self.exhibits else "no samples")
+        figure.suptitle(f"{self.choice} by {self.by}: id, label, score" if self.exhibits else "no samples")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.set_axis_off()
@@ -326,7 +326,9 @@ def _shown(content: Any, kind: str, width: int) -> dict[str, str]:
 
 def _caption(exhibit: Exhibit) -> list[str]:
     label, proposed = cell(exhibit.label), cell(exhibit.proposed_label)
-    lines = [cell(exhibit.sample_id), f"{label} → {proposed}" if proposed else label, f"{exhibit.score:.3g}"]
+    if proposed:  # room for both
+        label = f"{printable(label, _TITLE // 2 - 2)} → {printable(proposed, _TITLE // 2 - 2)}"
+    lines = [cell(exhibit.sample_id), label, f"{exhibit.score:.3g}"]
     return [line for line in lines if line]
 
 

@@ -18,11 +18,13 @@ from prunewise.samples.suspecting import suspects
 class SampleSelector:
     """Which samples to train on, as an estimator: `fit(scores, targets)`, then `get_support()`.
 
+    `select_subset` with the habits of scikit-learn's selectors: parameters that can be cloned, set and searched, fitted names
+    with `_`. It is fitted to the table of scores, not to features, so it stands before a training and is no step inside a pipeline.
     With labels, likely mislabelled samples go first (`drop_suspects`), then a share `fraction` of all samples is chosen among
     the others by `select_subset`; all of them, where fewer are left.
 
     Args:
-        fraction, strategy, by, keep, seed: as in `select_subset`.
+        fraction, strategy, by, keep, drop_hardest, strata, seed: as in `select_subset`.
         drop_suspects: leave out what `suspects` finds, where labels are given.
 
     Attributes:
@@ -47,11 +49,14 @@ class SampleSelector:
         strategy: str = "coverage",
         by: str = "aum",
         keep: str = "hard",
+        drop_hardest: float = 0.1,
+        strata: int = 50,
         drop_suspects: bool = True,
         seed: int = 0,
     ) -> None:
         self.fraction, self.strategy, self.by = fraction, strategy, by
-        self.keep, self.drop_suspects, self.seed = keep, drop_suspects, seed
+        self.keep, self.drop_hardest, self.strata = keep, drop_hardest, strata
+        self.drop_suspects, self.seed = drop_suspects, seed
 
     def fit(self, scores: SampleScores, targets: Any = None, *, y: Any = None) -> SampleSelector:
         """Choose; `DataError` as in `select_subset` and `suspects`.
@@ -72,8 +77,9 @@ class SampleSelector:
         if len(wrong) == len(scores):
             raise DataError("all samples are suspects: use drop_suspects=False")
         chosen = select_subset(
-            scores, self.fraction, strategy=self.strategy, by=self.by, keep=self.keep, without=wrong, seed=self.seed
-        )
+            scores, self.fraction, strategy=self.strategy, by=self.by, keep=self.keep, drop_hardest=self.drop_hardest,
+            strata=self.strata, without=wrong, seed=self.seed,
+        )  # fmt: skip
         self.support_: npt.NDArray[np.bool_] = np.zeros(len(scores), bool)
         self.support_[chosen] = True
         self.suspects_: Ints = wrong
