@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import prunewise as pw
-from tests.test_sparse_io import factory, sparse, state
+from tests.files.test_sparse import factory, sparse, state
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
