@@ -3,10 +3,20 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Subset
+
+import prunewise
 
 README = Path(__file__).parents[1] / "README.md"
+
+
+def _blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def _factory():
@@ -17,7 +27,7 @@ def _factory():
 
 def test_training_loop_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, whole = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code, *_, whole = _blocks()
     torch.manual_seed(0)
     model = _factory()
     names = {
@@ -39,3 +49,29 @@ def test_training_loop_of_the_readme(tmp_path, monkeypatch):
     names |= {"model": _factory(), "val_loader": names["loader"]}
     exec(whole, names)
     assert pw.measure(pw.load_pruned("small", _factory), names["example_inputs"]).macs <= 0.5 * macs
+
+
+@pytest.mark.filterwarnings("ignore:runs 0 and 1")  # of so small a network
+def test_samples_of_the_readme(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    _, recorded, trained, _ = _blocks()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    labels = torch.arange(60) % 2
+    images = 0.5 * torch.randn(60, 3, 8, 8) + 2.0 * labels[:, None, None, None] - 1
+    labels[:6] = 1 - labels[:6]  # wrong ones
+    other = prunewise.LearnabilityRecorder(60)
+    for _ in range(9):
+        other.update(torch.arange(60), model(images) + torch.randn(60, 2), labels)
+    names = {
+        "pw": prunewise, "DataLoader": DataLoader, "Subset": Subset, "cross_entropy": cross_entropy, "epochs": 9, "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.02), "dataset": list(zip(images, labels, strict=True)),
+        "labels": labels, "of_another_network": other.scores(labels),
+    }  # fmt: skip
+    exec(recorded, names)
+    assert recorded.count("#+") == 2
+    assert sorted(names["suspects"].number) == list(range(6))
+    exec(trained, names)
+    assert not np.isin(names["kept"], names["suspects"].number).any() and len(names["half"]) == 30
