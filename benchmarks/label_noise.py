@@ -241,7 +241,12 @@ def summary(found: list[Record]) -> str:
     finding, training = [], []
     for cell, rows in cells.items():
         by = records.grouped(rows, lambda r: r["method"])
-        title = [cell[0], f"{cell[1]:,}", f"{cell[6]:.0%} {cell[7]}" if cell[6] else "none"]
+        usual = cell[2] == DEFAULTS[cell[0]].model
+        title = [
+            cell[0] if usual else f"{cell[0]}, {cell[2]}",
+            f"{cell[1]:,}",
+            f"{cell[6]:.0%} {cell[7]}" if cell[6] else "none",
+        ]
         cross = mean(by.get(CROSS, []), "seconds", 6)
         for method in (OURS, AUM, IN_SAMPLE, CROSS):
             if method in by:
