@@ -143,8 +143,8 @@ learnability)
   # A run that is cut off begins anew; those that are done are not made again.
   for seed in $SEEDS; do
     for model in resnet20 vgg16 mobilenet; do echo "--models $model --seeds $seed --name architectures_$model$seed"; done
-  done | left architectures.py "--data $WORK/data/cifar-10-batches-bin --epochs $EPOCHS --batch-size 128 --out $WORK/learnability"
-  "$PYTHON" benchmarks/architectures.py --data "$WORK/data/cifar-10-batches-bin" --epochs "$EPOCHS" --batch-size 128 \
+  done | left architectures.py "--data $WORK/data/cifar-10-batches-bin --epochs $EPOCHS --batch-size 128 --bf16 --out $WORK/learnability"
+  "$PYTHON" benchmarks/architectures.py --data "$WORK/data/cifar-10-batches-bin" --epochs "$EPOCHS" --batch-size 128 --bf16 \
     --models resnet20,vgg16,mobilenet --seeds "${SEEDS// /,}" --out "$WORK/learnability" --name architectures_gpu
   cp benchmarks/results/architectures_gpu* "$OUT/"
   ;;
