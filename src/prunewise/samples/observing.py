@@ -207,9 +207,8 @@ def _tokens(z: Tensor, y: Tensor, ignore_index: int, hit_share: float, class_dim
     found = found._replace(counted=found.counted.view(size, -1), reasons=found.reasons.view(size, -1, len(REASONS)))
     broken = found.reasons[:, :, 0].any(1)
     count = found.counted.sum(1)
-    share = (found.hit.view(size, -1) & found.counted).sum(1).double() / count.clamp(
-        min=1
-    )  # whatever the default dtype
+    right = (found.hit.view(size, -1) & found.counted).sum(1)
+    share = right.double() / count.clamp(min=1)  # whatever the default dtype
     values = torch.where(found.counted[:, :, None], found.values.view(size, -1, len(VALUES)), 0).sum(1)
     values = values / count.clamp(min=1)[:, None]
     empty, none = (count == 0) & ~broken, torch.zeros_like(broken)
