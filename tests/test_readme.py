@@ -71,7 +71,7 @@ def test_samples_of_the_readme(tmp_path, monkeypatch):
         "labels": labels, "of_another_network": other.scores(labels),
     }  # fmt: skip
     exec(recorded, names)
-    assert recorded.count("#+") == 2
+    assert recorded.count("  # + ") == 2
     assert sorted(names["suspects"].number) == list(range(6))
     exec(trained, names)
     assert not np.isin(names["kept"], names["suspects"].number).any() and len(names["half"]) == 30
