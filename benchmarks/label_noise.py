@@ -241,7 +241,7 @@ def summary(found: list[Record]) -> str:
     finding, training = [], []
     for cell, rows in cells.items():
         by = records.grouped(rows, lambda r: r["method"])
-        usual = cell[2] == DEFAULTS[cell[0]].model
+        usual = cell[2] == DEFAULTS[cell[0].split()[0]].model
         title = [
             cell[0] if usual else f"{cell[0]}, {cell[2]}",
             f"{cell[1]:,}",
@@ -275,6 +275,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="fashion: folder of the idx.gz files; cifar10: of the binary version")
     parser.add_argument("--human", type=Path, help="CIFAR-10N: CIFAR-10_human.pt, or CIFAR-N.zip")
     parser.add_argument("--train-subset", type=int, metavar="N", help="the first N training images")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="leave out the training images before this one"
+    )
     parser.add_argument("--noise", default="0.2,0.4", help="shares of flipped labels; 0: none (%(default)s)")
     parser.add_argument("--kinds", default="symmetric,asymmetric", help=f"also {', '.join(HUMAN)} (%(default)s)")
     parser.add_argument("--seeds", default="0", help="(%(default)s)")
@@ -295,7 +298,11 @@ def main() -> None:
         show_table(args, args.out / "label_noise.jsonl", summary, without=("flags",))
         return
     one_thread("cpu", 1)
-    task = load_task(args.task, args.data, args.train_subset)
+    task = load_task(args.task, args.data, args.first + args.train_subset if args.train_subset else None)
+    clean = task.labels
+    if args.first:
+        name = f"{task.name} from {args.first:,}"
+        task = dataclasses.replace(task, name=name, images=task.images[args.first :], labels=clean[args.first :])
     given = {k: v for k in ("model", "epochs", "lr", "bf16") if (v := getattr(args, k)) is not None}
     recipe = dataclasses.replace(DEFAULTS[args.task], **given)
     warm_up = dataclasses.replace(recipe, epochs=1)
@@ -306,7 +313,7 @@ def main() -> None:
                 if kind in HUMAN:
                     if args.human is None:
                         raise SystemExit(f"--human is needed for {kind}")
-                    noisy = human_labels(args.human, kind, task.labels)
+                    noisy = human_labels(args.human, kind, clean)[args.first :]
                 elif not share and kind != "symmetric":
                     continue
                 else:
