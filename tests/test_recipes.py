@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import prunewise as pw
 from prunewise._loops import cosine
+from tests.files import fail_at_write
 
 HALF = pw.Budget(macs=0.5)
 
@@ -280,27 +281,14 @@ def test_stopped_again_and_again(tmp_path):
 @pytest.mark.parametrize("stop", range(1, 13))
 def test_stopped_at_any_write_the_second_call_gives_the_same(tmp_path, monkeypatch, stop):
     undisturbed = run(epochs=2)
-    calls = 0
-
-    def counted(function):
-        def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == stop:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return wrapper
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", counted(os.replace))
-        patch.setattr(os, "fsync", counted(os.fsync))
+        writes = fail_at_write(patch, stop, Killed)
         try:
             run(epochs=2, checkpoint=tmp_path)
         except Killed:
             pass
         else:
-            assert calls < stop
+            assert len(writes) < stop
     assert equal(undisturbed, run(epochs=2, checkpoint=tmp_path))
 
 

@@ -1,5 +1,7 @@
 """Tests of files, and what several of them need."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -21,6 +23,24 @@ def pruned(make=factory, x=X, seed=0, **choice):
     model = make()
     plan = pw.plan_channels(model, x, budget=pw.Budget(params=0.7), importance="random", seed=seed, **choice)
     return pw.apply_plan(model, plan, x).eval(), plan
+
+
+def fail_at_write(patch, stop, error):
+    """Of all calls of os.replace and os.fsync from now on the `stop`-th raises `error`; those made so far, as a list."""
+    made = []
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            made.append(function)
+            if len(made) == stop:
+                raise error
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("replace", "fsync"):
+        patch.setattr(os, name, counted(getattr(os, name)))
+    return made
 
 
 def same(a, b, x):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import prunewise as pw
-from tests.files import X, factory, pruned, same
+from tests.files import X, factory, fail_at_write, pruned, same
 from tests.zoo.registry import ZOO, build
 
 # -- what is saved comes back -------------------------------------------------------------------------------------
@@ -258,20 +258,7 @@ def test_saving_over_an_older_model_replaces_it_and_sweeps(saved):
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_stopped_at_any_write_the_folder_holds_one_whole_model(saved, example, monkeypatch, stop):
     other = pruned(seed=4)
-    calls = 0
-
-    def counted(function):
-        def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == stop:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    monkeypatch.setattr(os, "replace", counted(os.replace))
-    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    fail_at_write(monkeypatch, stop, KeyboardInterrupt)
     try:
         pw.save_pruned(saved, *other)
         finished = True

@@ -67,9 +67,9 @@ def load_data(spec: str) -> tuple[Any, Any]:
 
 def load_targets(spec: str) -> Any:
     """The labels of a .npy file, or those that the factory `spec` returns."""
-    if ":" not in spec and not spec.endswith(".npy"):
-        raise UsageError(f"--targets {spec}: expected a .npy file, or MODULE:FACTORY as in mypackage.data:labels")
     if not spec.endswith(".npy"):
+        if ":" not in spec:
+            raise UsageError(f"--targets {spec}: expected a .npy file, or MODULE:FACTORY as in mypackage.data:labels")
         return load_factory(spec, "--targets")()
     try:
         labels = np.load(spec, allow_pickle=False)

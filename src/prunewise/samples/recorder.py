@@ -165,10 +165,10 @@ class LearnabilityRecorder:
                 id out of range, a label that is no class. Nothing of the batch is recorded then.
         """
         for name, value in (("logits", logits), ("targets", targets)):
-            require(
-                isinstance(value, Tensor),
-                f"update takes the {name} as a tensor; got {kind_of(value)} (targets are class numbers from 0)",
-            )
+            if not isinstance(value, Tensor):
+                raise DataError(
+                    f"update takes the {name} as a tensor; got {kind_of(value)} (targets are class numbers from 0)"
+                )
         if self._state is None or not self._state.counts.is_meta:
             require_values(logits=logits, targets=targets, sample_ids=sample_ids, mixed=mixed)
         task = resolve_task(self._task, logits, targets)
@@ -239,11 +239,10 @@ class LearnabilityRecorder:
         """
         self._flush()
         if is_distributed():
-            state, tally = self._allocate(_default_device(group))
+            state, tally, extent = self._allocate(_default_device(group))
             self._agree_on_task(tally.device, group)
             merge_states(state, group)
-            assert self._extent is not None
-            max_over_ranks(self._extent, group)
+            max_over_ranks(extent, group)
             total = sum_over_ranks(tally, group).tolist()
             self._merged_tally = [a + b for a, b in zip(self._merged_tally, total, strict=True)]
             tally.zero_()
@@ -294,10 +293,7 @@ class LearnabilityRecorder:
                 f"all logits lay in [0, 1] (from {low:.3g} to {high:.3g}), as probabilities do: give update() the model's raw "
                 "outputs, from before its sigmoid or softmax. With probabilities the scores mean little"
             )
-        scores = from_state(self._state, self.index, info, targets)
-        if targets is not None:
-            scores.check_targets(targets)
-        return scores
+        return from_state(self._state, self.index, info, targets)
 
     def trace(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16] | None]:
         """The first observations: hits (N, E) bool, and margins (N, E) float16 or None. Beyond a sample's observations: False, 0.
@@ -383,13 +379,13 @@ class LearnabilityRecorder:
             "trace_margins": self._trace_margins, "ids": None if self.index.is_dense else self.index.hash(),
         }  # fmt: skip
 
-    def _allocate(self, device: torch.device) -> tuple[State, Tensor]:
-        if self._state is None or self._tally is None:
+    def _allocate(self, device: torch.device) -> tuple[State, Tensor, Tensor]:
+        if self._state is None or self._tally is None or self._extent is None:
             with torch.inference_mode(False):  # what is made under it cannot be written to outside
                 self._state = State.empty(self.num_samples, device, self._trace, self._trace_margins)
                 self._tally = torch.zeros(len(REASONS) + 3, dtype=torch.int64, device=device)
                 self._extent = torch.full((2,), -math.inf, dtype=torch.float64, device=device)
-        return self._state, self._tally
+        return self._state, self._tally, self._extent
 
     def _agree_on_task(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         """A rank that saw nothing takes over what the others recorded; `DataError` where they differ."""
@@ -446,14 +442,13 @@ class LearnabilityRecorder:
         is_mixed = (
             mixed.to(device, non_blocking=True) if isinstance(mixed, Tensor) else torch.full_like(seen.hit, mixed)
         )
-        state, tally = self._allocate(device)
+        state, tally, extent = self._allocate(device)
         home = state.counts.device
         if home != device:
             seen = type(seen)(*(t.to(home, non_blocking=True) for t in seen))
             is_mixed = is_mixed.to(home, non_blocking=True)
-        assert self._extent is not None
-        extent = torch.stack([-given.logits.amin(), given.logits.amax()]).double().to(home, non_blocking=True)
-        self._extent.copy_(torch.fmax(self._extent, extent))  # passes over NaN
+        ends = torch.stack([-given.logits.amin(), given.logits.amax()]).double().to(home, non_blocking=True)
+        extent.copy_(torch.fmax(extent, ends))  # passes over NaN
         ids = given.ids.to(home, non_blocking=True)
         batch = torch.zeros_like(ids) if given.batch is None else given.batch.to(home, non_blocking=True)
         outside = (ids < 0) | (ids >= self.num_samples)

@@ -143,16 +143,21 @@ class SampleScores:
                 "these are not the labels that the scores were recorded with (their hashes differ): give the labels of the same "
                 "data set, in the order of the sample numbers"
             )
-        if labels.ndim == 1 and self.info.get("task") in ("multiclass", "binary"):
-            clash = np.flatnonzero((self.last_wrong >= 0) & (self.last_wrong == labels))
-            if len(clash):
-                first = repr(self.sample_id[clash[0]].item())[:80]
-                raise DataError(
-                    f"{len(clash):,} samples, the first {first}, were predicted as the label given here when they missed the one "
-                    "that was recorded: give the recorded labels, in the order of the sample numbers. If they are, the ids were "
-                    "not the samples' own (positions in a batch, say): see prunewise.track"
-                )
+        self._check_misses(labels)
         return labels
+
+    def _check_misses(self, labels: npt.NDArray[Any]) -> None:
+        """Raise `DataError` where a sample's label is what the model predicted when it missed that label."""
+        if labels.ndim != 1 or self.info.get("task") not in ("multiclass", "binary"):
+            return
+        clash = np.flatnonzero((self.last_wrong >= 0) & (self.last_wrong == labels))
+        if len(clash):
+            first = repr(self.sample_id[clash[0]].item())[:80]
+            raise DataError(
+                f"{len(clash):,} samples, the first {first}, were predicted as the label given here when they missed the one "
+                "that was recorded: give the recorded labels, in the order of the sample numbers. If they are, the ids were "
+                "not the samples' own (positions in a batch, say): see prunewise.track"
+            )
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write one row a sample to `path`, and a manifest beside it, `path` + ".json"; needs the extra `samples`.
@@ -214,13 +219,13 @@ def from_state(state: State, index: SampleIndex, info: Mapping[str, Any], target
     means = state.means.cpu().numpy().astype(np.float64)
     observations, hits, streak = counts[:, OBSERVATIONS], counts[:, HITS], small[:, STREAK]
     value = {name: _unseen_as_nan(means[:, column], observations) for name, column in _MEANS.items()}
-    label_hash = None
+    labels, label_hash = None, None
     if targets is not None:
         labels = as_labels(targets)
         if len(labels) != len(index):
             raise DataError(f"{len(labels):,} labels for {len(index):,} samples: give those of the whole data set")
         label_hash = hash_array(labels)
-    return SampleScores(
+    scores = SampleScores(
         sample_id=index.array(),
         observations=observations,
         hits=hits,
@@ -232,6 +237,9 @@ def from_state(state: State, index: SampleIndex, info: Mapping[str, Any], target
         info={**info, "label_hash": label_hash},
         **value,
     )
+    if labels is not None:
+        scores._check_misses(labels)
+    return scores
 
 
 _MEANS = {"aum": AUM, "aum_softmax": AUM_SOFTMAX, "confidence": CONFIDENCE, "loss": LOSS, "el2n": EL2N}
